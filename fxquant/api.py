@@ -1,0 +1,147 @@
+"""The public calls: each is its stages in order and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fxquant import capture as _capture
+from fxquant.errors import CaptureError, ModelError
+from fxquant.install import check_finite, install, record_of, uninstall
+from fxquant.linears import find_linears, find_stacked
+from fxquant.modules import QLinear
+from fxquant.passes import DEFAULT
+from fxquant.plans import Plan
+from fxquant.progress import layer_progress
+from fxquant.recipe import Recipe
+from fxquant.rewrite import History, Pass, run_passes
+from fxquant.select import select
+
+
+def quantize(
+    model: nn.Module,
+    recipe: Any,
+    *,
+    example_inputs: Any = None,
+    passes: Sequence[Pass] = DEFAULT,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+) -> nn.Module:
+    """Store the weights of a model's linears in 2 to 8 bits, in place.
+
+    Args:
+        model: any `nn.Module`, on any device, the meta device included.
+        recipe: a `Recipe`, a preset's name ("int4"), a scheme or its spelling ("nf4-dq"), a list of rules, the path of
+            a YAML file, or a torchao config.
+        example_inputs: keyword arguments (dict) or positional ones (tuple) for one forward; derived for models of
+            transformers. Used for tracing alone, never computed with.
+        passes: the rewrites to run over the captured graph, in order.
+        exclude: patterns of modules to leave as they are, in front of the recipe's rules.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The same model object. `report(model)` says what was done, `history(model)` what happened to the graph.
+
+    Raises:
+        ModelError: not a module, quantized already, weights with inf or nan, a weight that cannot be replaced.
+        RecipeError: a recipe that cannot be read, or a rule that matches nothing.
+        SchemeError: an unknown scheme, or a layer that cannot hold the one asked for.
+        RewriteError: a pass failed. Every check runs before the first weight changes.
+    """
+    graph, made = _plan(model, recipe, example_inputs, exclude)
+    check_finite(model, made)
+    modules: dict[str, nn.Module] = {}
+    history = run_passes(graph, made, passes, modules) if graph is not None else History(reason=made.graph)
+    del graph
+    with layer_progress(made, enabled=progress) as done:
+        install(model, made, history, modules, done)
+    return model
+
+
+def plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None, exclude: Sequence[str] = ()) -> Plan:
+    """What `quantize` would do, touching nothing: every weight by name, shape, scheme, bytes, rule and reason.
+
+    Args and errors are those of `quantize`.
+    """
+    return _plan(model, recipe, example_inputs, exclude)[1]
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """The model as one FX graph whose linears and experts are `call_module` nodes on the model's own submodules.
+
+    Args:
+        model: any `nn.Module`; left as it was.
+        example_inputs: as for `quantize`.
+
+    Raises:
+        CaptureError: when `torch.export` cannot trace the model, or no example inputs can be derived.
+        ModelError: when it is no module.
+    """
+    return _capture.capture(model, example_inputs)
+
+
+def history(model: nn.Module) -> History:
+    """The graph before and after each pass that `quantize` ran; readable text, and HTML in a notebook.
+
+    Raises:
+        ModelError: when the model was not quantized by `quantize`.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ModelError(f"this {type(model).__name__} has no history: it was not quantized by fxquant.quantize")
+    return record.history
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Put back modules of the original classes, with the dequantized weights, in place.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ModelError: when nothing in the model is quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(_not_a_model(model))
+    if not uninstall(model):
+        raise ModelError(f"nothing in this {type(model).__name__} is quantized by fxquant")
+    return model
+
+
+def _plan(
+    model: nn.Module, recipe: Any, example_inputs: Any, exclude: Sequence[str]
+) -> tuple[fx.GraphModule | None, Plan]:
+    if not isinstance(model, nn.Module):
+        raise ModelError(_not_a_model(model))
+    resolved = Recipe.resolve(recipe)
+    if exclude:
+        resolved = resolved.excluding(exclude)
+    _refuse_quantized(model)
+    sites, stacked = find_linears(model), find_stacked(model)
+    if not sites:
+        raise ModelError(f"this {type(model).__name__} holds no linear: there is nothing to quantize")
+    graph, reason = None, ""
+    try:
+        graph = _capture.capture(model, example_inputs)
+    except CaptureError as error:
+        reason = str(error)
+    return graph, select(model, resolved, sites, stacked, graph, reason)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, QLinear)]
+    if found:
+        name, module = found[0]
+        raise ModelError(
+            f"this {type(model).__name__} is quantized already: {len(found)} linears, {name} in {module.spelling}\n"
+            "  quantize the original model, or call fxquant.dequantize(model) first"
+        )
+
+
+def _not_a_model(thing: object) -> str:
+    return (
+        f"a model is needed, a torch.nn.Module; got {type(thing).__name__}\n"
+        "  for a checkpoint, load it first: AutoModelForCausalLM.from_pretrained(path)"
+    )

@@ -1,0 +1,220 @@
+"""The recipe applied to a model: which weight becomes what, and why. Touches nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxquant import dataflow
+from fxquant.errors import FxquantError, ModelError, SchemeError
+from fxquant.linears import LinearSite, StackedWeight
+from fxquant.plans import Plan, PlanEntry
+from fxquant.recipe import Recipe
+from fxquant.scheme import Scheme
+from fxquant.unused_rules import unmatched
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What becomes of one linear."""
+
+    scheme: Scheme | None = None
+    rule: int | None = None
+    reason: str = ""
+    scale: str = ""
+    error: FxquantError | None = None
+    """Why the recipe cannot be followed here; the plan is refused."""
+
+
+def select(
+    model: nn.Module,
+    recipe: Recipe,
+    sites: Sequence[LinearSite],
+    stacked: Sequence[StackedWeight],
+    graph: fx.GraphModule | None,
+    no_graph: str = "",
+) -> Plan:
+    """Decide for every linear of `sites` and every other matmul weight of `model`.
+
+    Args:
+        model: the model, for its output embeddings and tied weights.
+        recipe: the rules; the first that reaches a linear decides.
+        sites: its linears, in order.
+        stacked: its parameters of three or more dimensions.
+        graph: the captured graph, which tells routers and weights that other code reads; None falls back on structure.
+        no_graph: why there is no graph.
+
+    Raises:
+        RecipeError: a rule decides nothing.
+        SchemeError: a layer cannot hold the scheme that a rule names, and the recipe says that this is an error.
+        ModelError: a rule spells a weight that cannot be replaced.
+    """
+    guards = _protected(model, sites, graph)
+    obstacles = _obstacles(sites)
+    decisions = [_decide(recipe, site, guards.get(site.name), obstacles.get(site.name)) for site in sites]
+    used = {one.rule for one in decisions if one.rule is not None}
+    entries = [_linear_entry(recipe, site, one) for site, one in zip(sites, decisions, strict=True)]
+    entries += [_stacked_entry(recipe, weight, used) for weight in stacked]
+    if graph is not None:
+        known = {weight.name for weight in stacked}
+        bare = dataflow.bare_matmuls(graph)
+        entries += [_bare_entry(model, name, where) for name, where in bare.items() if name not in known]
+    _refuse(decisions)
+    error = unmatched(recipe, used, [e.name for e in entries])
+    if error is not None:
+        raise error
+    counted = sum(e.bytes_before for e in entries)
+    total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return Plan(tuple(entries), str(recipe), "captured" if graph is not None else no_graph, max(total - counted, 0))
+
+
+def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str | None) -> _Decision:
+    size = site.n * site.k
+    for name in site.aliases:
+        found = recipe.decide(name, type(site.module), size, protected=guard is not None)
+        if found is not None:
+            break
+    else:
+        guarded = f"protected: {guard}" if guard and recipe.defaults else None
+        return _Decision(reason=guarded or obstacle or "no rule matches")
+    index, rule = found
+    if rule.scheme is None:
+        return _Decision(None, index, "the rule keeps it")
+    if obstacle:
+        spelled = rule.spells(name) or not site.name
+        error = ModelError(f"{site.name or 'the model'} cannot be quantized: {obstacle}") if spelled else None
+        return _Decision(None, index, obstacle, error=error)
+    try:
+        scheme, reason = recipe.fit(site.name, rule.scheme, site.n, site.k)
+    except SchemeError as error:
+        return _Decision(None, index, error=error)
+    return _Decision(scheme, index, reason, rule.scale or recipe.scale)
+
+
+def _refuse(decisions: Sequence[_Decision]) -> None:
+    errors = [one.error for one in decisions if one.error is not None]
+    if errors:
+        more = f"\n  and {len(errors) - 1} more weights likewise" if len(errors) > 1 else ""
+        raise type(errors[0])(f"{errors[0]}{more}")
+
+
+def _protected(model: nn.Module, sites: Sequence[LinearSite], graph: fx.GraphModule | None) -> dict[str, str]:
+    """Linears that only a rule that spells their name reaches, with the reason; the first reason found stands."""
+    by_module = {site.module: site.name for site in sites}
+    reasons: dict[str, str] = {}
+    for module in model.modules():
+        getter: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
+        head = _call(getter) if callable(getter) else None
+        if isinstance(head, nn.Module) and head in by_module:
+            reasons.setdefault(by_module[head], "output embeddings")
+    reasons |= {name: reason for name, reason in _tied(model, sites).items() if name not in reasons}
+    if graph is not None:
+        found = [dataflow.routers(graph, sites), dataflow.read_elsewhere(graph, sites)]
+    else:
+        found = [dataflow.routers_by_structure(model)]
+    for some in found:
+        for name, reason in some.items():
+            reasons.setdefault(name, reason)
+    return reasons
+
+
+def _call(getter: Callable[[], object]) -> object:
+    try:
+        return getter()
+    except (NotImplementedError, AttributeError):  # transformers' way of saying that a model has none
+        return None
+
+
+def _tied(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
+    """Linears whose weight is also a parameter of something that is no linear, such as the embeddings."""
+    linear = {f"{alias}.weight" for site in sites for alias in site.aliases}
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in linear:
+            owners.setdefault(id(parameter), []).append(name)
+    others = {site.name: owners.get(id(site.module._parameters.get("weight")), []) for site in sites}
+    return {name: f"its weight is also {', '.join(found[:2])}" for name, found in others.items() if found}
+
+
+def _obstacles(sites: Sequence[LinearSite]) -> dict[str, str]:
+    """Linears that cannot be replaced, with the reason."""
+    by_weight: dict[int, list[str]] = {}
+    for site in sites:
+        weight = site.module._parameters.get("weight")
+        if weight is not None:
+            by_weight.setdefault(id(weight), []).append(site.name)
+    reasons = {site.name: site.obstacle for site in sites if site.obstacle}
+    for names in by_weight.values():
+        for name in names if len(names) > 1 else ():
+            other = names[0] if name != names[0] else names[1]
+            reasons.setdefault(
+                name,
+                f"it shares its weight with {other}, and two copies of the planes would take more room than they save; "
+                "to part them: module.weight = nn.Parameter(module.weight.clone())",
+            )
+    if "" in {site.name for site in sites}:
+        reasons.setdefault("", "it is the model itself, which cannot be replaced in place; wrap it in nn.Sequential")
+    return reasons
+
+
+def _linear_entry(recipe: Recipe, site: LinearSite, one: _Decision) -> PlanEntry:
+    weight = site.module._parameters.get("weight")
+    dtype = str(weight.dtype).removeprefix("torch.") if weight is not None else "-"
+    before = weight.numel() * weight.element_size() if weight is not None else 0
+    return PlanEntry(
+        name=site.name,
+        kind="linear",
+        type=type(site.module).__name__,
+        shape=(site.n, site.k),
+        dtype=dtype,
+        bytes_before=before,
+        bytes_after=one.scheme.nbytes(site.n, site.k) if one.scheme else before,
+        scheme=one.scheme,
+        rule=one.rule,
+        rule_text="" if one.rule is None else recipe.rules[one.rule].match,
+        reason=one.reason,
+        aliases=site.aliases,
+        transposed=site.transposed,
+        scale=one.scale,
+    )
+
+
+def _stacked_entry(recipe: Recipe, weight: StackedWeight, used: set[int]) -> PlanEntry:
+    """A stack of matrices stays as it is; a rule that leaves it alone counts as used, one that spells it is refused."""
+    for i, rule in enumerate(recipe.rules):
+        inside = [n for n in (weight.name, weight.module_name) if rule.matches(n, nn.Module, math.prod(weight.shape))]
+        if inside and rule.scheme is None:
+            used.add(i)
+        elif any(rule.spells(name) for name in inside):
+            raise ModelError(
+                f"rule {i + 1}, {rule.match!r}, names {weight.name}, a stack of matrices {list(weight.shape)}: these "
+                "are not quantized yet\n  leave the rule out: the plan lists them as kept"
+            )
+    return PlanEntry(
+        name=weight.name,
+        kind="stacked",
+        type="",
+        shape=weight.shape,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        bytes_before=weight.nbytes,
+        bytes_after=weight.nbytes,
+        reason="a stack of matrices (experts): not quantized",
+    )
+
+
+def _bare_entry(model: nn.Module, name: str, where: str) -> PlanEntry:
+    parameter = model.get_parameter(name)
+    size = parameter.numel() * parameter.element_size()
+    return PlanEntry(
+        name=name,
+        kind="bare",
+        type=type(model.get_submodule(name.rpartition(".")[0])).__name__,
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        bytes_before=size,
+        bytes_after=size,
+        reason=f"no linear module owns it: {where}",
+    )
