@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,9 @@ def quantize(
     modules: dict[str, nn.Module] = {}
     history = run_passes(graph, made, passes, modules) if graph is not None else History(reason=made.graph)
     del graph
+    # What torch.export makes refers to itself in circles, and through them to every weight: without this, no weight
+    # would be let go before Python's next full collection.
+    gc.collect()
     with layer_progress(made, enabled=progress) as done:
         install(model, made, history, modules, done)
     return model

@@ -39,7 +39,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         pairs = _words(pad(codes, (0, n % 2)), torch.int16)
         return (pairs | (pairs >> 4)).to(torch.uint8)
     fields = pad(codes, (0, -n % _FIELDS)).unflatten(-1, (-1, _FIELDS))
-    words = (fields.to(torch.int64) << _shifts(bits, codes.device)).sum(-1, keepdim=True)
+    words: Tensor = (fields.to(torch.int64) << _shifts(bits, codes.device)).sum(-1, keepdim=True)
     return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
 
 

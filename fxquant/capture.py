@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # no public name yet; torch.export's own (torch 2.11 to 2.13)
 
 from fxquant.capture_errors import quiet, reason
 from fxquant.errors import CaptureError, ModelError
@@ -27,13 +28,14 @@ from fxquant.unchanged import unchanged
 
 
 @torch.library.custom_op("fxquant::leaf", mutates_args=())
-def leaf(x: Tensor, others: Sequence[Tensor], out_features: int, call: int) -> Tensor:
-    """Stands for a module's call while `torch.export` traces: `[..., K]` to `[..., out_features]`, in the dtype of x.
+def leaf(x: Tensor, others: Sequence[Tensor], out_features: int, dtype: torch.dtype, call: int) -> Tensor:
+    """Stands for a module's call while `torch.export` traces: `[..., K]` to `[..., out_features]` in `dtype`.
 
     Args:
         x: `[..., K]`, the module's first tensor.
         others: the other tensors that the module was called with.
         out_features: size of the result's last dimension.
+        dtype: dtype of the result: that of x, or autocast's.
         call: which of the recorded calls this is.
 
     Raises:
@@ -43,8 +45,8 @@ def leaf(x: Tensor, others: Sequence[Tensor], out_features: int, call: int) -> T
 
 
 @leaf.register_fake
-def _leaf_fake(x: Tensor, others: Sequence[Tensor], out_features: int, call: int) -> Tensor:
-    return x.new_empty([*x.shape[:-1], out_features])
+def _leaf_fake(x: Tensor, others: Sequence[Tensor], out_features: int, dtype: torch.dtype, call: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], out_features], dtype=dtype)
 
 
 @dataclass
@@ -53,25 +55,24 @@ class _Calls:
 
     recorded: list[tuple[str, pytree.TreeSpec, list[Any]]] = field(default_factory=list)
 
-    def forward(self, name: str, features: int | None) -> Callable[..., Tensor]:
-        """The forward to set on the module `name`; features None: as many as its first tensor has."""
+    def forward(self, name: str, module: nn.Module, shape: tuple[int, int] | None) -> Callable[..., Tensor]:
+        """The forward to set on a module: a linear of shape `[N, K]`, or None: the result is like the first tensor."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             leaves, structure = pytree.tree_flatten((args, kwargs))
-            tensors = [value for value in leaves if isinstance(value, Tensor)]
-            constants = [_TENSOR if isinstance(value, Tensor) else value for value in leaves]
-            self.recorded.append((name, structure, constants))
-            first = tensors[0]
-            result: Tensor = torch.ops.fxquant.leaf(
-                first, tensors[1:], first.shape[-1] if features is None else features, len(self.recorded) - 1
-            )
+            first, *others = (value for value in leaves if isinstance(value, Tensor))
+            features, dtype = first.shape[-1], first.dtype
+            if shape is not None:
+                features, dtype = shape[0], _result_dtype(name, module, shape[1], first)
+            self.recorded.append((name, structure, [_TENSOR if isinstance(v, Tensor) else v for v in leaves]))
+            result: Tensor = torch.ops.fxquant.leaf(first, others, features, dtype, len(self.recorded) - 1)
             return result
 
         return forward
 
     def call(self, node: fx.Node) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         """Name, args and kwargs of the module call that a leaf node stands for."""
-        first, others, _, index = node.args
+        first, others, _, _, index = node.args
         assert isinstance(others, (list, tuple))
         assert isinstance(index, int)
         name, structure, constants = self.recorded[index]
@@ -82,6 +83,20 @@ class _Calls:
 
 
 _TENSOR = object()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _result_dtype(name: str, module: nn.Module, k: int, x: Tensor) -> torch.dtype:
+    """The dtype of a linear's result; raises where its matmul would."""
+    if x.shape[-1] != k:
+        raise RuntimeError(f"{name} takes [..., {k}], got {list(x.shape)}")
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.is_floating_point() and weight.dtype != x.dtype:
+        raise RuntimeError(f"{name} has a {weight.dtype} weight, its input is {x.dtype}")
+    return x.dtype
 
 
 def capture(
@@ -93,32 +108,37 @@ def capture(
     `call_module` node whose target is the model's own submodule. `get_attr` targets are the model's own parameters and
     buffers, and constants of the trace. The result is called as the model is and returns what it returns, without what
     no graph can hold (caches), which comes back as None. Gradients are those of the ops: no region is without them.
-    Nodes keep `meta["val"]`, `meta["nn_module_stack"]` and `meta["stack_trace"]`. The model is left as it was.
+    Nodes keep `meta["val"]`, `meta["nn_module_stack"]` and `meta["stack_trace"]`. `meta["example_inputs"]` of the graph
+    holds the args and kwargs that it was captured with. The model is left as it was.
 
     Args:
         model: any module, on any device, meta included: no weight is read.
         example_inputs: keyword arguments, positional arguments or one tensor; None: derived for transformers models.
 
     Raises:
-        ModelError: when `model` is not an `nn.Module`, or is a captured graph already.
+        ModelError: when `model` is not an `nn.Module`.
         CaptureError: when `torch.export` cannot make one graph of it; says why in one paragraph.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model must be a torch.nn.Module, got a {type(model).__name__}")
     inputs = [_as_call(example_inputs)] if example_inputs is not None else [((), c) for c in candidates(model)]
     first_error: Exception | None = None
-    for patches in _patches(model):
+    for patches, opaque in _attempts(model):
         for args, kwargs in inputs:
             calls = _Calls()
             try:
-                with unchanged(model), patches(), _leaves(model, calls), torch.no_grad(), quiet():
+                with unchanged(model), patches(), _leaves(model, calls, opaque), torch.no_grad(), quiet():
                     program = torch.export.export(model, args, kwargs, strict=False)
             except Exception as error:  # torch.export and the model's own code raise anything
                 first_error = first_error or error
             else:
-                return _to_graph(model, program.module(check_guards=False), calls)
+                gm = _to_graph(model, program.module(check_guards=False), calls)
+                gm.meta["example_inputs"] = (args, kwargs)
+                return gm
     assert first_error is not None
-    raise CaptureError(reason(model, first_error)) from first_error
+    raise CaptureError(
+        reason(model, first_error, None if example_inputs is not None else inputs[0][1])
+    ) from first_error
 
 
 def _as_call(inputs: Mapping[str, Any] | Sequence[Any] | Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,18 +147,24 @@ def _as_call(inputs: Mapping[str, Any] | Sequence[Any] | Tensor) -> tuple[tuple[
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
-def _patches(model: nn.Module) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
-    """What to put in place around a trace, cheapest first; each a context that leaves nothing behind."""
-    yield contextlib.nullcontext
-    if any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
-        with contextlib.suppress(ImportError):  # transformers without exporters has no patches
-            from transformers.exporters import exporter_dynamo  # registers them on import
+_Context = Callable[[], contextlib.AbstractContextManager[None]]
 
-            yield functools.partial(exporter_dynamo.apply_patches, "dynamo")
+
+def _attempts(model: nn.Module) -> Iterator[tuple[_Context, bool]]:
+    """Cheapest first: a context to trace in that leaves nothing behind, and whether experts are leaves as a whole."""
+    yield contextlib.nullcontext, False
+    patches: _Context = contextlib.nullcontext
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        with contextlib.suppress(ImportError):  # a transformers without exporters
+            exporter = importlib.import_module("transformers.exporters.exporter_dynamo")
+            patches = functools.partial(exporter.apply_patches, "dynamo")
+            yield patches, False
+    if any(_name_ends_in_experts(name) for name, _ in model.named_modules()):
+        yield patches, True
 
 
 @contextlib.contextmanager
-def _leaves(model: nn.Module, calls: _Calls) -> Iterator[None]:
+def _leaves(model: nn.Module, calls: _Calls, opaque: bool) -> Iterator[None]:
     """Put the leaves in place and `model` in eval mode; whoever calls restores the model."""
     model.eval()
     inner = model.forward
@@ -148,30 +174,43 @@ def _leaves(model: nn.Module, calls: _Calls) -> Iterator[None]:
         return _without_objects(inner(*args, **kwargs))
 
     vars(model)["forward"] = forward
-    for name, module, features in _leaf_modules(model):
-        vars(module)["forward"] = calls.forward(name, features)
+    for name, module, shape in _leaf_modules(model, opaque):
+        vars(module)["forward"] = calls.forward(name, module, shape)
+        # The module's hooks run where the graph calls it: in the graph as well, they would run twice.
+        vars(module).update({hooks: {} for hooks in _HOOKS})
+        # Some routers cast their linear in forward: a leaf has the dtype of its input, whatever its weight is.
+        vars(module)["_apply"] = functools.partial(_unmoved, module)
     yield
 
 
-def _leaf_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int | None]]:
+def _unmoved(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
+    return module
+
+
+def _leaf_modules(model: nn.Module, opaque: bool) -> Iterator[tuple[str, nn.Module, tuple[int, int] | None]]:
     for site in find_linears(model):
         # A linear that cannot be replaced (its weight is computed or packed already) is called like any other.
         plain = site.obstacle is None or isinstance(site.module, QLinear) or _calls_linear(site.module)
         if site.name and plain:
-            yield site.name, site.module, site.n
+            yield site.name, site.module, (site.n, site.k)
     for name, module in model.named_modules():
-        if name and (is_expert_stack(module) or _holds_experts(name, module)):
+        if name and (is_expert_stack(module) or _holds_experts(name, module, opaque)):
             yield name, module, None
 
 
-def _holds_experts(name: str, module: nn.Module) -> bool:
-    # Experts whose weights lie deeper, or under other names. Linears inside stay in sight: they are quantized one by one.
+def _holds_experts(name: str, module: nn.Module, opaque: bool) -> bool:
+    """Whether experts whose weights lie deeper, or under other names, are to be one leaf.
+
+    Linears inside would be out of sight, and each of them is quantized for itself: so only when nothing else works.
+    """
     inside = [*module.modules()]
-    return (
-        name.rpartition(".")[2] == "experts"
-        and any(inner._parameters for inner in inside)
-        and not any(isinstance(inner, (nn.Linear, nn.ModuleList)) for inner in inside)
-    )
+    hidden = any(isinstance(inner, nn.Linear) for inner in inside) and not opaque
+    called = type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
+    return _name_ends_in_experts(name) and called and not hidden and any(inner._parameters for inner in inside)
+
+
+def _name_ends_in_experts(name: str) -> bool:
+    return name.rpartition(".")[2] == "experts"
 
 
 def _calls_linear(module: nn.Module) -> bool:
@@ -216,14 +255,22 @@ def _has_effect(node: fx.Node) -> bool:
 def _own_attribute(node: fx.Node, model: nn.Module, exported: fx.GraphModule, root: nn.Module, calls: _Calls) -> None:
     """Let a get_attr node read the model's own tensor of that name, or a constant of the trace on the new root."""
     target = str(node.target)
-    value, own = _resolve(exported, target), _resolve(model, target)
-    if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+    value, own = _resolve(exported, target), _registered(model, target)
+    if own is not None and isinstance(value, Tensor) and own.shape == value.shape:
         return
     name = target.replace(".", "_")
+    while hasattr(model, name):
+        name += "_"
     if isinstance(value, fx.GraphModule):
         value = _to_graph(model, value, calls)
     root.__dict__[name] = value
     node.target = name
+
+
+def _registered(model: nn.Module, target: str) -> Tensor | None:
+    prefix, _, name = target.rpartition(".")
+    owner = _resolve(model, prefix) if prefix else model
+    return owner._parameters.get(name, owner._buffers.get(name)) if isinstance(owner, nn.Module) else None
 
 
 def _resolve(root: object, target: str) -> Any:

@@ -7,11 +7,12 @@ import io
 import logging
 import sysconfig
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _MESSAGE = 240
 """Characters of a foreign message that are worth a reader's time."""
@@ -21,26 +22,40 @@ _STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what torch logs and prints to stderr about a failing export: the reason says what matters of it."""
+    """Keep back what torch warns of, logs and prints to stderr in an export: the reason says what matters of it."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
 
 
-def reason(model: nn.Module, error: Exception) -> str:
-    """One paragraph: that `model` cannot be captured, why, and the line of its code where it happened."""
+def reason(model: nn.Module, error: Exception, derived: Mapping[str, object] | None = None) -> str:
+    """One paragraph: that `model` cannot be captured, why, and the line of its code where it happened.
+
+    Args:
+        model: the model.
+        error: what the export raised.
+        derived: the example inputs, where nobody gave them: they may be what is wrong.
+    """
+    lines = [f"{type(model).__name__} cannot be captured as one graph: {_why(error)}"]
     place = _place(error)
-    expression = getattr(error, "cond", None)
-    if expression is not None:
-        why = f"what it computes depends on the values of a tensor ({expression})"
-    else:
-        message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        why = f"{type(error).__name__}: {message[:_MESSAGE]}" if message else type(error).__name__
-    return f"{type(model).__name__} cannot be captured as one graph: {why}" + (f"\n  at {place}" if place else "")
+    if place:
+        lines.append(f"  at {place}")
+    if derived is not None and not hasattr(error, "cond"):
+        shapes = (f"{name} {list(value.shape)}" for name, value in derived.items() if isinstance(value, Tensor))
+        lines.append(f"  tried with {', '.join(shapes)}; pass example_inputs={{...}} if the model takes others")
+    return "\n".join(lines)
+
+
+def _why(error: Exception) -> str:
+    if hasattr(error, "cond"):
+        return f"what it computes depends on the values of a tensor ({error.cond})"
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {message[:_MESSAGE]}" if message else type(error).__name__
 
 
 def _place(error: BaseException) -> str | None:

@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxquant.linears import LinearSite, is_conv1d, is_expert_stack
+from fxquant.listing import op_name
 
 _MATMULS = frozenset(
     {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm_fallback", "mv", "dot"}
@@ -131,20 +130,19 @@ def _weights_of(gm: fx.GraphModule, node: fx.Node) -> list[tuple[str, nn.Paramet
     if _op(node) not in _MATMULS:
         return []
     # The first argument of linear is the input: a learned query there is no weight.
-    operands = [*node.args[1:2]] if _op(node) == "linear" else pytree.tree_leaves((node.args, node.kwargs))
+    operands = node.all_input_nodes[1:2] if _op(node) == "linear" else node.all_input_nodes
     found = []
-    for operand in operands:
-        source = _unviewed(operand)
-        value = None if source is None else _attribute(gm, source)
-        if source is not None and isinstance(value, nn.Parameter) and value.dim() > 1:
+    for source in map(_unviewed, operands):
+        value = _attribute(gm, source)
+        if isinstance(value, nn.Parameter) and value.dim() > 1:
             found.append((str(source.target), value))
     return found
 
 
-def _unviewed(operand: object) -> fx.Node | None:
-    while isinstance(operand, fx.Node) and _op(operand) in _VIEWS and operand.args:
-        operand = operand.args[0]
-    return operand if isinstance(operand, fx.Node) else None
+def _unviewed(node: fx.Node) -> fx.Node:
+    while _op(node) in _VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def uncalled(gm: fx.GraphModule, sites: Sequence[LinearSite]) -> dict[str, str]:
@@ -214,11 +212,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _op(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2].removesuffix("_") or str(node.target)
-    return str(getattr(node.target, "__name__", node.target)).strip("_")
+    return op_name(node).rpartition(".")[2].rstrip("_")
 
 
 def _source(node: fx.Node) -> fx.Node:

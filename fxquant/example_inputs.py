@@ -61,8 +61,9 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
     facts = _facts(model)
     takes = [name for name, p in facts.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [name for name in takes if facts.parameters[name].default is inspect.Parameter.empty]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in facts.parameters.values())
     main = getattr(model, "main_input_name", None)
-    if isinstance(main, str) and main in takes:
+    if isinstance(main, str) and (main in takes or takes_any):
         needed.append(main)
     if facts.find("is_encoder_decoder") and "decoder_input_ids" in takes:
         needed.append("decoder_input_ids")
@@ -89,7 +90,7 @@ def _facts(model: nn.Module) -> _Model:
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     facts = _Model(dict(inspect.signature(model.forward).parameters), configs, device, dtype, 0)
-    return _Model(facts.parameters, configs, device, dtype, facts.find("vocab_size") or 32)
+    return _Model(facts.parameters, configs, device, dtype, _number(facts.find("vocab_size"), 32))
 
 
 def _choices(facts: _Model, names: Sequence[str]) -> Iterator[dict[str, Any]]:

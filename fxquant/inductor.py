@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -20,5 +20,5 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode not in (None, "default") else {}), **options}
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches or None)
-    return compiled
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return cast(Callable[..., Any], compiled)

@@ -220,13 +220,17 @@ _NOT_STACK_NAMES = ("conv", "embed", "norm")
 def find_stacked(model: nn.Module) -> list[StackedWeight]:
     """Every parameter that stacks matrices, in `named_modules` order; a parameter with several names comes once.
 
-    That is: three dimensions or more with more than one matrix, not a convolution's, an embedding's or a norm's; a stack
+    That is: three dimensions or more with more than one matrix, not of a convolution, an embedding or a norm; a stack
     of experts even where there is one expert; and the two-dimensional `w1`, `v1`, `w2` of which each holds the rows of
     all experts (DBRX).
     """
     seen: set[int] = set()
     found = []
     for module_name, module in model.named_modules():
+        # A parametrization holds what another module's weight is computed from.
+        owner = model.get_submodule(module_name.partition(".parametrizations.")[0])
+        if isinstance(owner, _NOT_STACKS) or any(word in type(owner).__name__.lower() for word in _NOT_STACK_NAMES):
+            continue
         for leaf, parameter in _stacks(module):
             if id(parameter) in seen:
                 continue
@@ -237,9 +241,6 @@ def find_stacked(model: nn.Module) -> list[StackedWeight]:
 
 
 def _stacks(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    kind = type(module).__name__.lower()
-    if isinstance(module, _NOT_STACKS) or any(word in kind for word in _NOT_STACK_NAMES):
-        return
     rows, experts = _stacks_rows(module), is_expert_stack(module)
     for name, parameter in module._parameters.items():
         if parameter is not None and (rows or _is_stack(parameter) or (experts and parameter.dim() >= 3)):

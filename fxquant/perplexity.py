@@ -46,22 +46,36 @@ def perplexity(
     Raises:
         FxquantError: when the text has fewer windows than asked for, or none.
     """
-    available = tokens.numel() // window
-    count = available if windows is None else windows
-    if tokens.dim() != 1 or window < 2 or not 0 < count <= available:
-        raise FxquantError(
-            f"{count} windows of {window} tokens are wanted, the text holds {available}: tokens {list(tokens.shape)}\n"
-            "  give a longer text, or fewer or shorter windows; a window has two tokens at least"
-        )
+    rows = cut_windows(tokens, window, windows)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    rows = tokens[: count * window].view(count, window)
     was_training = model.training
     model.eval()
     try:
         losses = [_loss(model, part.to(device)) for part in torch.split(rows, batch)]
     finally:
         model.train(was_training)
-    return math.exp(math.fsum(losses) / (count * (window - 1)))
+    return math.exp(math.fsum(losses) / (len(rows) * (window - 1)))
+
+
+def cut_windows(tokens: Tensor, window: int, windows: int | None = None) -> Tensor:
+    """The first windows of a text, `[windows, window]`; a rest shorter than a window is left out.
+
+    Args:
+        tokens: `[tokens]`.
+        window: tokens per window.
+        windows: how many; None for all.
+
+    Raises:
+        FxquantError: when the text has fewer windows than asked for, or none.
+    """
+    available = tokens.numel() // max(window, 1)
+    count = available if windows is None else windows
+    if tokens.dim() != 1 or window < 2 or not 0 < count <= available:
+        raise FxquantError(
+            f"{count} windows of {window} tokens are wanted, the text holds {available}: tokens {list(tokens.shape)}\n"
+            "  give a longer text, or fewer or shorter windows; a window has two tokens at least"
+        )
+    return tokens[: count * window].view(count, window)
 
 
 def _loss(model: nn.Module, ids: Tensor) -> float:

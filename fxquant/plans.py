@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from fxquant.codecs import ScaleSearch
 from fxquant.scheme import Scheme
 from fxquant.tables import Table, bytes_text
 
@@ -38,7 +39,7 @@ class PlanEntry:
     """All FQNs of the module, where it has more than one."""
     transposed: bool = False
     """The module stores `[K, N]`."""
-    scale: str = ""
+    scale: ScaleSearch = "least_squares"
     """How scales are chosen."""
 
 

@@ -22,7 +22,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "int8": Preset("8-bit integers, a scale per row: half of bf16, next to no loss", (Rule("*", "int8"),)),
+        "int8": Preset("8-bit integers, a scale per row: half of bf16", (Rule("*", "int8"),)),
         "int4": Preset(
             "4-bit integers in groups of 128, smaller groups where K asks for it: a quarter of bf16, the usual choice",
             (Rule("*", "int4-g128"),),
@@ -33,7 +33,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "fp4": Preset("4-bit floats in blocks of 64, as bitsandbytes stores them", (Rule("*", "fp4"),)),
         "fp8": Preset("8-bit floats (e4m3), a scale per row", (Rule("*", "fp8"),)),
         "small": Preset(
-            "int4, and output embeddings in int8 in place of full precision: the smallest that reads well",
+            "int4, and output embeddings in int8 in place of full precision",
             (
                 # The names that transformers' causal language models give their output embeddings.
                 Rule("*{lm_head,embed_out}", "int8", optional=True),

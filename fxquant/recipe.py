@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fxquant.codecs import ScaleSearch
 from fxquant.errors import RecipeError, nearest
 from fxquant.misfits import MISFITS, check_misfit, fit
 from fxquant.presets import PRESETS
@@ -30,7 +31,9 @@ class Recipe:
     """Rules made of `exclude` stand in front."""
     defaults: bool
     misfit: str | Scheme
-    scale: str
+    """A key of `MISFITS`, or the scheme that takes the place of one that does not fit."""
+    scale: ScaleSearch
+    """How scales are chosen where a rule does not say."""
 
     def __init__(
         self,
@@ -55,7 +58,9 @@ class Recipe:
             RecipeError: a part that cannot be understood, or no rules at all.
             SchemeError: a scheme that does not exist.
         """
-        patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        patterns = (exclude,) if isinstance(exclude, str) else exclude
+        if not isinstance(patterns, Iterable):
+            raise RecipeError(f"exclude is a list of patterns, got {exclude!r}")
         normal = (*(Rule(pattern, None) for pattern in patterns), *_rules(rules))
         if not normal:
             raise RecipeError(

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fxquant.codecs import ScaleSearch
 from fxquant.errors import FileError, FxquantError, RecipeError, nearest
 from fxquant.misfits import check_misfit
 from fxquant.name_match import compile_name_pattern
@@ -91,7 +92,8 @@ def write_recipe(path: str | os.PathLike[str], rules: Iterable[Rule], **settings
         FileError: the file cannot be written.
     """
     data = {"rules": [_rule_data(rule) for rule in rules], **settings}
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10**9)
+    # Escaped, not allow_unicode: PyYAML would write some line separators as they are and read them back as spaces.
+    text = yaml.safe_dump(data, sort_keys=False, width=10**9)
     try:
         # A link is written through, not replaced by a file.
         target = Path(os.path.realpath(path))
@@ -241,7 +243,7 @@ def _misfit(document: _Document, node: yaml.Node) -> Any:
     return document.locate(node, check_misfit, _text(document, node))
 
 
-def _scale(document: _Document, node: yaml.Node) -> str:
+def _scale(document: _Document, node: yaml.Node) -> ScaleSearch:
     return document.locate(node, check_scale, _text(document, node))
 
 

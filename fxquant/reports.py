@@ -225,14 +225,15 @@ def _layer(name: str, module: QLinear, record: Record | None) -> LayerReport:
 
 def _kept(model: nn.Module, record: Record | None) -> Iterator[Kept]:
     planned: Mapping[str, str] = {e.name: e.reason for e in record.plan.kept} if record else {}
+    unplanned = "no rule reaches it" if record else "not quantized"
     for site in find_linears(model):
         if not isinstance(site.module, QLinear):
             weight = site.module._parameters.get("weight")
             nbytes = 0 if weight is None else _nbytes(weight)
-            reason = planned.get(site.name) or site.obstacle or "no rule reaches it"
+            reason = planned.get(site.name) or site.obstacle or unplanned
             yield Kept(site.name, site.n * site.k, nbytes, reason)
     for stack in find_stacked(model):
-        reason = planned.get(stack.name) or "experts in one tensor"
+        reason = planned.get(stack.name) or unplanned
         yield Kept(stack.name, math.prod(stack.shape), stack.nbytes, reason)
     bare = [e for e in record.plan.kept if e.kind == "bare"] if record else []
     yield from (Kept(e.name, math.prod(e.shape), e.bytes_before, e.reason) for e in bare)

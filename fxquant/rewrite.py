@@ -18,67 +18,14 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import FxquantError, RewriteError
+from fxquant.histories import Fired as Fired
+from fxquant.histories import History as History
+from fxquant.histories import Miss as Miss
+from fxquant.histories import Step as Step
 from fxquant.legality import violations
-from fxquant.listing import Listing, listing, value
+from fxquant.listing import listing, value
 from fxquant.patterns import Match, Pattern, match
 from fxquant.plans import Plan
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why a pass left a place alone."""
-
-    reason: str
-    node: str = ""
-    """Name of the node; the root of the match where a check does not say."""
-
-
-@dataclass(frozen=True)
-class Fired:
-    """One place that a pass rewrote."""
-
-    removed: tuple[str, ...]
-    """Names of the nodes whose values are now made in another way."""
-    added: tuple[str, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one pass did."""
-
-    name: str
-    """The pass's `repr`."""
-    fired: tuple[Fired, ...]
-    missed: tuple[Miss, ...]
-    after: Listing
-    seconds: float
-
-
-@dataclass(frozen=True)
-class History:
-    """The graph before the first pass and after each one. Holds text, no tensors."""
-
-    before: Listing = ()
-    steps: tuple[Step, ...] = ()
-    reason: str = ""
-    """Why there is no graph, where there is none."""
-
-    @property
-    def after(self) -> Listing:
-        """The graph after the last pass."""
-        return self.steps[-1].after if self.steps else self.before
-
-    def __str__(self) -> str:
-        """Per pass how often it fired, where it stayed out and why, and what it changed in the first block."""
-        from fxquant.graph_view import history_text  # a floor above: only what shows a history needs it
-
-        return history_text(self)
-
-    def _repr_html_(self) -> str:
-        from fxquant.graph_view import history_html
-
-        return history_html(self)
 
 
 @dataclass(frozen=True)
@@ -249,13 +196,13 @@ def rewrite(gm: fx.GraphModule, plan: Plan | None = None, passes: Sequence[Pass]
     Raises:
         RewriteError: when a pass fails or leaves the graph illegal; names the pass and those that ran before it.
     """
-    editor_modules: dict[str, nn.Module] = {}
-    return run_passes(gm, plan, passes, editor_modules)
+    return run_passes(gm, plan, passes, {})
 
 
 def run_passes(gm: fx.GraphModule, plan: Plan | None, passes: Sequence[Pass], modules: dict[str, nn.Module]) -> History:
     """`rewrite`, which also collects in `modules` the modules that passes put in place of others."""
-    before, steps = listing(gm), []
+    before = listing(gm)
+    steps: list[Step] = []
     for one in passes:
         started = time.perf_counter()
         edit = Editor(gm, plan)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fxquant.codecs import SCALE_SEARCHES, ScaleSearch
 from fxquant.errors import RecipeError, SchemeError, nearest
 from fxquant.name_match import compile_name_pattern
 from fxquant.scheme import ELEMENTS, Scheme
@@ -14,8 +15,6 @@ from fxquant.torchao_configs import is_torchao_config, scheme_of_torchao
 
 KEEP = "keep"
 """How "leave in full precision" is spelled where a word has to stand."""
-SCALES = ("least_squares", "absmax")
-"""How scales can be chosen: the smallest squared error, or the largest magnitude of each block."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -35,8 +34,8 @@ class Rule:
     """Fewest weights (N * K) of a layer, inclusive."""
     max_size: int | None
     """Most weights of a layer, inclusive."""
-    scale: str | None
-    """One of `SCALES`; None: as the recipe says."""
+    scale: ScaleSearch | None
+    """How scales are chosen; None: as the recipe says."""
     optional: bool
     """It is fine if no module matches."""
 
@@ -141,12 +140,10 @@ def to_scheme(value: object) -> Scheme | None:
     Raises:
         SchemeError: `value` stands for no scheme.
     """
-    if value is None or value == KEEP:
-        return None
-    if isinstance(value, Scheme):
+    if value is None or isinstance(value, Scheme):
         return value
     if isinstance(value, str):
-        return Scheme.parse(value)
+        return None if value == KEEP else Scheme.parse(value)
     if isinstance(value, type):
         raise SchemeError(f"a scheme cannot be the class {value.__name__}\n  pass an object: {value.__name__}(...)")
     if is_torchao_config(value):
@@ -157,16 +154,17 @@ def to_scheme(value: object) -> Scheme | None:
     )
 
 
-def check_scale(scale: object) -> str:
-    """`scale`, where it is one of `SCALES`.
+def check_scale(scale: object) -> ScaleSearch:
+    """`scale`, where it is one of `SCALE_SEARCHES`.
 
     Raises:
         RecipeError: it is none of them.
     """
-    if isinstance(scale, str) and scale in SCALES:
-        return scale
-    hint = nearest(scale, SCALES) if isinstance(scale, str) else ""
-    raise RecipeError(f"scales cannot be chosen by {scale!r}{hint}\n  ways: {', '.join(SCALES)}")
+    for search in SCALE_SEARCHES:
+        if scale == search:
+            return search
+    hint = nearest(scale, SCALE_SEARCHES) if isinstance(scale, str) else ""
+    raise RecipeError(f"scales cannot be chosen by {scale!r}{hint}\n  ways: {', '.join(SCALE_SEARCHES)}")
 
 
 def _class_names(types: object, match: str) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from fxquant import dataflow
+from fxquant.codecs import ScaleSearch
 from fxquant.errors import FxquantError, ModelError, SchemeError
 from fxquant.linears import LinearSite, StackedWeight
 from fxquant.plans import Plan, PlanEntry
@@ -24,7 +25,7 @@ class _Decision:
     scheme: Scheme | None = None
     rule: int | None = None
     reason: str = ""
-    scale: str = ""
+    scale: ScaleSearch = "least_squares"
     error: FxquantError | None = None
     """Why the recipe cannot be followed here; the plan is refused."""
 
@@ -52,18 +53,19 @@ def select(
         SchemeError: a layer cannot hold the scheme that a rule names, and the recipe says that this is an error.
         ModelError: a rule spells a weight that cannot be replaced.
     """
-    guards = _protected(model, sites, graph)
+    tied = _tied(model, sites)
+    guards = _protected(model, sites, tied, graph)
     obstacles = _obstacles(sites)
-    decisions = [_decide(recipe, site, guards.get(site.name), obstacles.get(site.name)) for site in sites]
+    decisions = [_decide(recipe, s, guards.get(s.name), obstacles.get(s.name), s.name in tied) for s in sites]
     used = {one.rule for one in decisions if one.rule is not None}
-    entries = [_linear_entry(recipe, site, one) for site, one in zip(sites, decisions, strict=True)]
+    entries = [_linear_entry(recipe, s, one, s.name in tied) for s, one in zip(sites, decisions, strict=True)]
     entries += [_stacked_entry(recipe, weight, used) for weight in stacked]
     if graph is not None:
         known = {weight.name for weight in stacked}
         bare = dataflow.bare_matmuls(graph)
         entries += [_bare_entry(model, name, where) for name, where in bare.items() if name not in known]
     _refuse(decisions)
-    error = unmatched(recipe, used, [e.name for e in entries])
+    error = unmatched(recipe, used, [site.name for site in sites])
     if error is not None:
         raise error
     counted = sum(e.bytes_before for e in entries)
@@ -71,7 +73,7 @@ def select(
     return Plan(tuple(entries), str(recipe), "captured" if graph is not None else no_graph, max(total - counted, 0))
 
 
-def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str | None) -> _Decision:
+def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str | None, tied: bool) -> _Decision:
     size = site.n * site.k
     for name in site.aliases:
         found = recipe.decide(name, type(site.module), size, protected=guard is not None)
@@ -83,6 +85,8 @@ def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str |
     index, rule = found
     if rule.scheme is None:
         return _Decision(None, index, "the rule keeps it")
+    if tied and rule.optional:  # a preset's rule: it is there to save memory, and here it would cost some
+        return _Decision(None, index, f"{guard}: planes of its own would come on top")
     if obstacle:
         spelled = rule.spells(name) or not site.name
         error = ModelError(f"{site.name or 'the model'} cannot be quantized: {obstacle}") if spelled else None
@@ -91,6 +95,8 @@ def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str |
         scheme, reason = recipe.fit(site.name, rule.scheme, site.n, site.k)
     except SchemeError as error:
         return _Decision(None, index, error=error)
+    if tied:
+        reason = "; ".join(filter(None, [reason, f"untied, the planes come on top: {guard}"]))
     return _Decision(scheme, index, reason, rule.scale or recipe.scale)
 
 
@@ -101,16 +107,17 @@ def _refuse(decisions: Sequence[_Decision]) -> None:
         raise type(errors[0])(f"{errors[0]}{more}")
 
 
-def _protected(model: nn.Module, sites: Sequence[LinearSite], graph: fx.GraphModule | None) -> dict[str, str]:
+def _protected(
+    model: nn.Module, sites: Sequence[LinearSite], tied: Mapping[str, str], graph: fx.GraphModule | None
+) -> dict[str, str]:
     """Linears that only a rule that spells their name reaches, with the reason; the first reason found stands."""
     by_module = {site.module: site.name for site in sites}
-    reasons: dict[str, str] = {}
+    reasons = dict(tied)
     for module in model.modules():
         getter: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
         head = _call(getter) if callable(getter) else None
         if isinstance(head, nn.Module) and head in by_module:
             reasons.setdefault(by_module[head], "output embeddings")
-    reasons |= {name: reason for name, reason in _tied(model, sites).items() if name not in reasons}
     if graph is not None:
         found = [dataflow.routers(graph, sites), dataflow.read_elsewhere(graph, sites)]
     else:
@@ -160,10 +167,11 @@ def _obstacles(sites: Sequence[LinearSite]) -> dict[str, str]:
     return reasons
 
 
-def _linear_entry(recipe: Recipe, site: LinearSite, one: _Decision) -> PlanEntry:
+def _linear_entry(recipe: Recipe, site: LinearSite, one: _Decision, tied: bool) -> PlanEntry:
     weight = site.module._parameters.get("weight")
     dtype = str(weight.dtype).removeprefix("torch.") if weight is not None else "-"
-    before = weight.numel() * weight.element_size() if weight is not None else 0
+    # The bytes of a tied weight are counted where it comes from, with the other parameters.
+    before = weight.numel() * weight.element_size() if weight is not None and not tied else 0
     return PlanEntry(
         name=site.name,
         kind="linear",

@@ -12,6 +12,9 @@ import rich.console
 import rich.table
 import rich.text
 
+_ROOM = 110
+"""Columns of a terminal from which on the names of weights stay in one piece, so that other columns fold first."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -24,11 +27,16 @@ class Table:
     """Columns that are aligned to the right."""
     notes: tuple[str, ...] = ()
 
-    def to_rich(self) -> rich.table.Table:
-        """The table for a rich console."""
+    def to_rich(self, width: int = 0) -> rich.table.Table:
+        """The table for a rich console that is `width` columns wide; where there is room, names are not folded."""
         table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i in self.right else "left", overflow="fold")
+            table.add_column(
+                column,
+                justify="right" if i in self.right else "left",
+                overflow="fold",
+                no_wrap=not i and width >= _ROOM,
+            )
         for row in self.rows:
             table.add_row(*(rich.text.Text(cell) for cell in row))
         return table
@@ -38,10 +46,20 @@ class Table:
         width = max(shutil.get_terminal_size((160, 24)).columns, 80)
         buffer = io.StringIO()
         console = rich.console.Console(file=buffer, width=width, highlight=False, color_system=None)
-        console.print(self.to_rich())
+        console.print(self.to_rich(width))
         for note in self.notes:
             console.print(rich.text.Text(note))
         return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+
+    def show(self, console: rich.console.Console) -> None:
+        """Print the table: in colours on a terminal, elsewhere as plain text that is wide enough."""
+        if not console.is_terminal:
+            console.print(rich.text.Text(f"{self}\n"), soft_wrap=True)
+            return
+        console.print(self.to_rich(console.width))
+        for note in self.notes:
+            console.print(rich.text.Text(note))
+        console.print()
 
     def to_html(self) -> str:
         """The table as an HTML fragment."""

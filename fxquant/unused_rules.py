@@ -57,7 +57,8 @@ def _explain(rules: Sequence[Rule], index: int, names: Sequence[str]) -> Iterato
         hint = f"; did you mean {', '.join(likely)}?" if likely else ""
         yield f'rule {number} matched nothing: "{rule.match}"{hint}'
         return
-    yield f'rule {number} decides nothing: "{rule.match}" is the name of {_list(dict.fromkeys(map(collapse, reached)))}'
+    fitting = _list(dict.fromkeys(map(collapse, reached)))
+    yield f'rule {number} decides nothing, though the name fits: "{rule.match}" fits {fitting}'
     before = [i for i in range(index) if any(compile_name_pattern(rules[i].match).matches(name) for name in reached)]
     if before:
         earlier = ", ".join(f'{i + 1} ("{rules[i].match}")' for i in before[:_SHOWN])

@@ -120,6 +120,9 @@ def test_a_star_matches_everything_and_spells_nothing(name: str) -> None:
         ("layers.[0-3].*", ["layers.2.a"], ["layers.12.a", "layers.2"]),
         ("layers.[^0].*", ["layers.2.a"], ["layers.0.a"]),
         ("layers.?.a", ["layers.7.a"], ["layers.17.a"]),
+        ("layers.?", ["layers.7"], ["layers.7.a"]),
+        ("layers.[0-3]", ["layers.2"], ["layers.2.a"]),
+        ("a*b", ["a\nb", "ab"], ["a\nb\n"]),
         ("a,b", ["a,b"], ["a", "b"]),
         ("a.b+(c)", ["a.b+(c)"], ["aXb+(c)", "a.bb"]),
         ("re:.*\\.(q|k)_proj", ["a.q_proj", "a.b.k_proj"], ["q_proj", "a.q_proj.x", "a.v_proj"]),
@@ -164,6 +167,7 @@ def test_what_patterns_reach(pattern: str, yes: list[str], no: list[str]) -> Non
         ("re:.{7}", "lm_head", False),
         ("re:.*experts\\.\\d+", "a.experts.17", False),
         ("re:lm_\\w*head", "lm_head", False),
+        ("re:.*\\.q_proj\\d*", "a.q_proj", False),
         ("re:model(\\..*)?", "model.lm_head", False),
     ],
 )

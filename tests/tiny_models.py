@@ -56,6 +56,7 @@ RULES: tuple[tuple[str, str, int | Callable[[int], int]], ...] = (
         WIDTH,
     ),
     ("widths", r"output_channels", WIDTH),
+    ("widths", r"num_pos_feats", WIDTH // 2),
     ("widths", r"adapter_(in|out)_dim|adapter_input_size", WIDTH),
     ("widths", r"hidden_size_per_layer_input|projection_dim", HEAD_DIM),
     (
@@ -79,6 +80,7 @@ OFF_SETS = (("fill",), (), *((group, "fill") for group in GROUPS if group != "fi
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 LAYER_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types")
 
+_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 4, 2]}
 # Defaults of transformers that build no model, or tie numbers that no rule on one name can see.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -90,6 +92,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1},  # no default
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},  # four coordinates and two shapes make the hidden size
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},  # of two layers, the second has experts
+    # Frequencies for time, height and width are half of a head's dimensions; the default fits heads of 128.
+    **{kind: {"rope_parameters": _MROPE} for kind in ("qwen2_vl_text", "qwen2_5_vl_text")},
     "xmod": {"default_language": "en_XX"},  # no default
     # Shared weights are tied from the second hybrid layer on.
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -121,6 +125,8 @@ def _shrink(config: Any, off: tuple[str, ...]) -> Any:
     if "layer_types" not in off:
         _fit_layer_types(vars(config), kwargs)
     kwargs = _equal_heads(vars(config), kwargs)
+    if "depths" in kwargs:  # hierarchical: every stage has its own heads and windows
+        kwargs |= {name: vars(config)[name] for name in ("embed_dim", "hidden_size", "image_size") if name in kwargs}
     _fit_tokens(kwargs)
     for name, value in EXCEPTIONS.get(config.model_type, {}).items():
         if hasattr(kwargs.get(name), "model_type"):
@@ -236,6 +242,34 @@ def _randomized(model: nn.Module) -> nn.Module:
             noise = torch.randn_like(parameter) * 0.02
             parameter.copy_(torch.where(parameter.isfinite() & (parameter.abs() < 100), parameter, 0) + noise)
     return model
+
+
+# Encoders, encoder-decoders, vision and audio: a model type and the auto class to build it with.
+OTHER_MODELS: tuple[tuple[str, str], ...] = (
+    *((kind, "AutoModel") for kind in ("albert", "bert", "big_bird", "canine", "convbert", "deberta", "deberta-v2")),
+    *(
+        (kind, "AutoModel")
+        for kind in ("distilbert", "electra", "esm", "funnel", "layoutlm", "layoutlmv3", "mobilebert")
+    ),
+    *((kind, "AutoModel") for kind in ("modernbert", "mpnet", "roberta", "squeezebert", "xlnet", "longformer")),
+    ("bert", "AutoModelForMaskedLM"),
+    ("bloom", "AutoModelForSequenceClassification"),
+    *((k, "AutoModelForSeq2SeqLM") for k in ("bart", "led", "marian", "mt5", "pegasus", "t5")),
+    *((k, "AutoModelForSeq2SeqLM") for k in ("nllb-moe", "switch_transformers")),
+    *((kind, "AutoModel") for kind in ("beit", "clip", "blip", "convnext", "deit", "dinov2", "mobilevit")),
+    *(
+        (kind, "AutoModel")
+        for kind in ("patchtst", "sam", "segformer", "siglip", "swin", "timesformer", "videomae", "vivit")
+    ),
+    ("vit", "AutoModelForImageClassification"),
+    *(
+        (kind, "AutoModel")
+        for kind in ("audio-spectrogram-transformer", "hubert", "seamless_m4t", "wav2vec2-bert", "wavlm")
+    ),
+    ("wav2vec2", "AutoModelForCTC"),
+    *((kind, "AutoModelForSpeechSeq2Seq") for kind in ("speech_to_text", "whisper")),
+    *((kind, "AutoModelForImageTextToText") for kind in ("gemma3", "llava", "qwen2_vl")),
+)
 
 
 def causal_lm_types() -> list[str]:

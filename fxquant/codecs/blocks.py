@@ -22,7 +22,7 @@ Area = tuple[int, int, int, int]
 def budget(device: torch.device) -> int:
     """Weights to work on at a time: few enough to stay in a core's cache, enough to pay for the kernel launches."""
     if device.type == "cpu":
-        return min(torch.get_num_threads() << 17, 1 << 22)
+        return min(torch.get_num_threads() << 17, 1 << 21)
     return 1 << 22
 
 
@@ -89,7 +89,7 @@ def batches(weight: Tensor, block: Block, size: int) -> Iterator[Batch]:
         return iter(())
     if block.flat:
         return _flat_batches(weight, block.columns, size)
-    return _tile_batches(weight, block.rows or n, block.columns or k, size)
+    return _tile_batches(weight, min(block.rows or n, n), min(block.columns or k, k), size)
 
 
 def _flat_batches(weight: Tensor, columns: int, size: int) -> Iterator[Batch]:
@@ -137,8 +137,11 @@ def _tile_pieces(
 ) -> Iterator[Callable[[], Tensor]]:
     n, k = weight.shape
     for r0, r1, c0, c1 in areas(min(rows, n - row), min(columns, k - column), size):
-        area = (row + r0, row + r1, column + c0, column + c1)
-        yield lambda area=area: read(weight, area).view(1, -1)
+        yield _tile_piece(weight, (row + r0, row + r1, column + c0, column + c1))
+
+
+def _tile_piece(weight: Tensor, area: Area) -> Callable[[], Tensor]:
+    return lambda: read(weight, area).view(1, -1)
 
 
 def _tiled(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -14,17 +13,16 @@ from torch import Tensor
 from fxquant.bits import pack, unpack
 from fxquant.codecs.blocks import Area, areas, batches, budget, read, spread
 from fxquant.codecs.family import TINY, Family, bounded, reciprocal
-from fxquant.codecs.floats import FLOATS
-from fxquant.codecs.integers import INTEGERS
+from fxquant.codecs.floats import Floats
+from fxquant.codecs.integers import Integers
 from fxquant.codecs.scales import Plain, ScaleFormat, double, plain, scale_format
 from fxquant.codecs.search import Search
-from fxquant.codecs.tables import TABLES
+from fxquant.codecs.tables import Tables
 from fxquant.errors import SchemeError, nearest
 from fxquant.scheme import Element, Scheme
 
 ScaleSearch = Literal["absmax", "least_squares"]
 SCALE_SEARCHES: tuple[ScaleSearch, ...] = get_args(ScaleSearch)
-_FAMILIES: Mapping[str, Family] = MappingProxyType({"int": INTEGERS, "table": TABLES, "float": FLOATS})
 
 
 @torch.no_grad()
@@ -63,15 +61,26 @@ def quantize(
     planes = _planes(weight, scheme, out)
     if weight.is_meta or not weight.numel():
         return planes
-    family = _FAMILIES[scheme.spec.kind]
+    family = _family(scheme, weight.device)
     if scheme.double:
-        grid = _double(weight, scheme, search, planes)
+        grid = _double(weight, scheme, family, search, planes)
     else:
-        grid = _choose(weight, scheme, search, plain(scheme, family.floor), planes["scales"])
+        grid = _choose(weight, scheme, Search(family, plain(scheme, family.floor)), search, planes["scales"])
     if grid.zeros is not None:
-        planes["zeros"].copy_(_packed(grid.zeros.view(-1, grid.zeros.shape[-1]), scheme.spec))
-    _encode(weight, scheme, grid, planes["codes"])
+        zeros = grid.zeros.view(-1, grid.zeros.shape[-1])
+        planes["zeros"].copy_(zeros if scheme.spec.dtype is not None else pack(zeros, scheme.spec.bits))
+    _encode(weight, grid, planes["codes"])
     return planes
+
+
+def _family(scheme: Scheme, device: torch.device) -> Family:
+    match scheme.spec.kind:
+        case "int":
+            return Integers(scheme.spec, scheme.zero == "int")
+        case "table":
+            return Tables(scheme.spec, device)
+        case "float":
+            return Floats(scheme.spec, device)
 
 
 def _planes(weight: Tensor, scheme: Scheme, out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -98,6 +107,7 @@ class _Grid:
     """The scales and zeros of all blocks."""
 
     scheme: Scheme
+    family: Family
     format: ScaleFormat
     scales: Tensor
     """As `format` stores them."""
@@ -106,71 +116,68 @@ class _Grid:
 
     def spread(self, n: int, k: int, area: Area) -> tuple[Tensor, Tensor | None]:
         """Float32 scales and zeros, to broadcast against an area."""
-        zeros, decode = self.zeros, _FAMILIES[self.scheme.spec.kind].decode
-        scale = spread(lambda at: self.format.load(self.scales[at], at), self.scheme.block, n, k, area)
-        if zeros is None:
-            return scale, None
-        return scale, spread(lambda at: decode(zeros[at], self.scheme.spec), self.scheme.block, n, k, area)
+        zeros, block = self.zeros, self.scheme.block
+        scale = spread(lambda at: self.format.load(self.scales[at], at), block, n, k, area)
+        return scale, None if zeros is None else spread(lambda at: self.family.decode(zeros[at]), block, n, k, area)
 
 
-def _choose(weight: Tensor, scheme: Scheme, search: ScaleSearch, fmt: ScaleFormat, scales: Tensor) -> _Grid:
+def _choose(weight: Tensor, scheme: Scheme, search: Search, name: ScaleSearch, scales: Tensor) -> _Grid:
     """Fill in the scales, and choose the zeros, of every block."""
-    family, element = _FAMILIES[scheme.spec.kind], scheme.spec
-    zeros = None
+    element, zeros = scheme.spec, None
     if scheme.zero == "int":
         zeros = torch.empty(scales.shape, dtype=element.dtype or torch.uint8, device=scales.device)
-    choose = getattr(Search(family, element, scheme.zero == "int", fmt), search)
+    choose = search.absmax if name == "absmax" else search.least_squares
     for batch in batches(weight, scheme.block, budget(weight.device)):
         stored, zero = choose(batch)
         scales[batch.at] = stored.view(scales[batch.at].shape)
-        if zeros is not None:
+        if zeros is not None and zero is not None:
             codes = zero if element.dtype is not None else zero - element.low
             zeros[batch.at] = codes.to(zeros.dtype).view(zeros[batch.at].shape)
-    if search == "absmax" and scheme.block.flat and weight.numel() % scheme.block.columns:
+    if name == "absmax" and scheme.block.flat and weight.numel() % scheme.block.columns:
         scales[-1:].clamp_(min=TINY)  # bitsandbytes stores no 0 for a last, shorter block, and for all others it does
-    return _Grid(scheme, fmt, scales, zeros)
+    return _Grid(scheme, search.family, search.format, scales, zeros)
 
 
-def _double(weight: Tensor, scheme: Scheme, search: ScaleSearch, planes: dict[str, Tensor]) -> _Grid:
+def _double(weight: Tensor, scheme: Scheme, family: Family, name: ScaleSearch, planes: dict[str, Tensor]) -> _Grid:
     """Second-level scales and offset are those of the absmax scales, whatever the search.
 
     So every block has its absmax scale to fall back on in a least-squares search. With `absmax`, codes are chosen at
     the scales before they are rounded to 8 bits, as bitsandbytes does.
     """
     first = torch.empty(planes["scales"].shape, dtype=torch.float32, device=weight.device)
-    absmax = _choose(weight, scheme, "absmax", Plain(torch.float32, 0.0, math.inf), first)
+    absmax = _choose(weight, scheme, Search(family, Plain(torch.float32, 0.0, math.inf)), "absmax", first)
     fmt = double(first)
     planes["scale_scales"].copy_(fmt.scale_scales)
     planes["scale_offset"].copy_(fmt.offset)
-    if search != "absmax":
-        return _choose(weight, scheme, search, fmt, planes["scales"])
+    if name != "absmax":
+        return _choose(weight, scheme, Search(family, fmt), name, planes["scales"])
     for start in range(0, len(first), budget(weight.device)):
         at = (slice(start, min(start + budget(weight.device), len(first))),)
         planes["scales"][at] = fmt.store(first[at], at)
     return absmax
 
 
-def _encode(weight: Tensor, scheme: Scheme, grid: _Grid, codes: Tensor) -> None:
+def _encode(weight: Tensor, grid: _Grid, codes: Tensor) -> None:
     n, k = weight.shape
-    family, bits = _FAMILIES[scheme.spec.kind], scheme.spec.bits
+    element, block = grid.scheme.spec, grid.scheme.block
     for area in areas(n, k, budget(weight.device)):
         r0, r1, c0, c1 = area
         scale, zero = grid.spread(n, k, area)
         x = read(weight, area).view(r1 - r0, scale.shape[1], -1)
-        t = x / scale if family.divides else x * reciprocal(scale)
-        if scheme.block.flat and (tail := n * k % scheme.block.columns):
+        t = x / scale if grid.family.divides else x * reciprocal(scale)
+        if block.flat and (tail := n * k % block.columns):
             # bitsandbytes divides in a last, shorter block, where it multiplies by the reciprocal in all others.
             start = max(n * k - tail - (r0 * k + c0), 0)
             t.view(-1)[start:] = x.view(-1)[start:] / bounded(scale).expand(x.shape).reshape(-1)[start:]
-        found = family.encode(t, zero, scheme.spec).view(r1 - r0, c1 - c0)
-        if scheme.spec.dtype is not None:
+        found = grid.family.encode(t, zero).view(r1 - r0, c1 - c0)
+        if element.dtype is not None:
             codes[r0:r1, c0:c1] = found
         else:
-            codes[r0:r1, c0 * bits // 8 : math.ceil(c1 * bits / 8)] = pack(found, bits)
+            codes[r0:r1, _bytes(c0, c1, element)] = pack(found, element.bits)
 
 
-def _packed(codes: Tensor, element: Element) -> Tensor:
-    return codes if element.dtype is not None else pack(codes, element.bits)
+def _bytes(start: int, stop: int, element: Element) -> slice:
+    return slice(start * element.bits // 8, math.ceil(stop * element.bits / 8))
 
 
 def _decoded(codes: Tensor, grid: _Grid, n: int, k: int, area: Area) -> Tensor:
@@ -181,22 +188,19 @@ def _decoded(codes: Tensor, grid: _Grid, n: int, k: int, area: Area) -> Tensor:
     if element.dtype is not None:
         part = codes[r0:r1, c0:c1]
     else:
-        part = codes[r0:r1, c0 * element.bits // 8 : math.ceil(c1 * element.bits / 8)]
-        part = unpack(part, element.bits, c1 - c0)
-    values = _FAMILIES[element.kind].decode(part, element).view(r1 - r0, scale.shape[1], -1)
+        part = unpack(codes[r0:r1, _bytes(c0, c1, element)], element.bits, c1 - c0)
+    values = grid.family.decode(part).view(r1 - r0, scale.shape[1], -1)
     if zero is not None:
         values -= zero
     return values.mul_(scale).view(r1 - r0, c1 - c0)
 
 
 def _grid(planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int) -> _Grid:
-    zeros, scales = planes.get("zeros"), planes["scales"]
+    zeros, scales, element = planes.get("zeros"), planes["scales"], scheme.spec
     if zeros is not None:
-        element = scheme.spec
         columns = scheme.block.grid(n, k)[-1]
-        zeros = zeros if element.dtype is not None else unpack(zeros, element.bits, columns)
-        zeros = zeros.reshape(scales.shape)
-    return _Grid(scheme, scale_format(scheme, planes), scales, zeros)
+        zeros = (zeros if element.dtype is not None else unpack(zeros, element.bits, columns)).reshape(scales.shape)
+    return _Grid(scheme, _family(scheme, scales.device), scale_format(scheme, planes), scales, zeros)
 
 
 @torch.no_grad()
@@ -258,7 +262,10 @@ def all_finite(weight: Tensor) -> bool:
     """
     if weight.is_meta or not weight.numel():
         return True
-    rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim else weight.view(1, 1)
-    parts = [rows[r0:r1, c0:c1] for r0, r1, c0, c1 in areas(*rows.shape, budget(weight.device))]
+    if weight.ndim > 2:
+        return all(all_finite(part) for part in weight)
+    rows = torch.atleast_2d(weight)
+    n, k = rows.shape
+    parts = [rows[r0:r1, c0:c1] for r0, r1, c0, c1 in areas(n, k, budget(weight.device))]
     extremes = torch.stack([value for part in parts for value in (part.amin(), part.amax())])
     return bool(extremes.isfinite().all())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,31 +13,57 @@ TINY = 1e-38
 """Magnitudes below this one have no finite reciprocal in float32, or next to none."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """The functions of one element family. Tensors are float32 and broadcast; scales and zeros are per block.
+class Family(Protocol):
+    """The elements of one kind: how their values, scales and codes belong together.
 
-    A zero is None for schemes that have none.
+    Tensors are float32 if nothing else is said. Scales and zeros are per block, `[blocks]` or broadcast against the
+    weights; a zero is None for schemes that have none.
     """
 
-    absmax: Callable[[Tensor, Tensor, Element, bool], tuple[Tensor, Tensor | None]]
-    """Scale and zero from the blocks' smallest and largest weight (0 included) and whether there is a zero."""
-    unit: Callable[[Tensor, Tensor, Element, bool], tuple[Tensor, Tensor | None]]
-    """As `absmax`, for the scale that the factors of the search multiply; may be negative."""
-    encode: Callable[[Tensor, Tensor | None, Element], Tensor]
-    """Weights in units of their scale to codes: unsigned fields in uint8 where codes are packed, else the element's
-    dtype. May write over its argument."""
-    decode: Callable[[Tensor, Element], Tensor]
-    """What `encode` gives to the float32 values that the codes stand for, before zero and scale."""
-    project: Callable[[Tensor, Tensor | None, Element, Tensor, Tensor], None]
-    """Weights in units of their scale to the nearest values minus zero, written to the fourth argument; the fifth one
-    is scratch memory. Both are contiguous and have the shape of the weights."""
-    factors: tuple[float, ...]
-    """What the least-squares search tries on the unit."""
-    floor: float
+    @property
+    def element(self) -> Element:
+        """Which element of the family."""
+        ...
+
+    floor: ClassVar[float]
     """No scale is stored with a smaller magnitude than this (or than its dtype's smallest, if this is not 0)."""
-    divides: bool = False
+    divides: ClassVar[bool]
     """Weights are divided by their scale; otherwise multiplied by its reciprocal, which is faster but not the same."""
+    top: ClassVar[float]
+    """The largest multiple of the unit that the least-squares search tries."""
+    tries: ClassVar[int]
+    """How many scales it tries before it narrows down."""
+
+    @property
+    def extent(self) -> float:
+        """The largest magnitude of a weight in units."""
+        ...
+
+    def absmax(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero that span the range of blocks, from their smallest and largest weight, 0 included."""
+        ...
+
+    def unit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `absmax`, for the scale in whose units the least-squares search goes on; may be negative."""
+        ...
+
+    def encode(self, t: Tensor, zero: Tensor | None) -> Tensor:
+        """Weights in units of their scale to codes: unsigned fields in uint8 where codes are packed, else their dtype.
+
+        May write over its argument, which is contiguous.
+        """
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """What `encode` gives to the values that it stands for, before zero and scale."""
+        ...
+
+    def project(self, t: Tensor, zero: Tensor | None, out: Tensor, spare: Tensor) -> None:
+        """Weights in units of their scale to the nearest values minus zero, written to `out`; `spare` is scratch.
+
+        Both are contiguous and have the shape of the weights.
+        """
+        ...
 
 
 def bounded(scale: Tensor) -> Tensor:
@@ -52,16 +76,6 @@ def reciprocal(scale: Tensor) -> Tensor:
     return bounded(scale).reciprocal_()
 
 
-def look_up(codes: Tensor, element: Element) -> Tensor:
-    """The float32 values of stored codes of an element of kind table or float."""
-    table = _table(element, codes.device)
-    return table.index_select(0, codes.contiguous().view(-1).view(torch.uint8).to(torch.int32)).view(codes.shape)
-
-
-@functools.lru_cache(maxsize=32)
-def _table(element: Element, device: torch.device) -> Tensor:
-    if element.kind == "table":
-        return torch.tensor(element.values, dtype=torch.float32, device=device)
-    assert element.dtype is not None
-    codes = torch.arange(1 << element.bits, dtype=torch.uint8, device=device)
-    return codes.view(element.dtype).to(torch.float32)
+def look_up(codes: Tensor, table: Tensor) -> Tensor:
+    """The values that codes of one byte have in a table."""
+    return table.index_select(0, codes.contiguous().view(-1).to(torch.int32)).view(codes.shape)

@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from fxquant.codecs.family import Family
 from fxquant.scheme import Element
 
 
-def _absmax(low: Tensor, high: Tensor, element: Element, asymmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """The scale that makes the whole range of a block representable.
+@dataclass(frozen=True)
+class Integers:
+    """`(code - zero) * scale`."""
 
-    Bit-identical to torchao's `choose_qparams_affine` on float32 weights. Symmetric: `SYMMETRIC_NO_CLIPPING_ERR`, the
-    mapping under which no weight is clipped (`SYMMETRIC` maps the largest one to 7.5 of 7), so that every weight is
-    within half a step. Asymmetric: `ASYMMETRIC`, with an integer zero point in the range of the codes.
-    """
-    floor = torch.finfo(torch.float32).smallest_normal
-    if not asymmetric:
-        return torch.maximum(low / float(element.low), high / float(element.high)).clamp_(min=floor), None
-    scale = ((high - low) / float(element.high - element.low)).clamp_(min=floor)
-    return scale, (element.low - torch.round(low / scale)).clamp_(element.low, element.high)
+    element: Element
+    asymmetric: bool
+    floor: ClassVar[float] = torch.finfo(torch.float32).smallest_normal
+    divides: ClassVar[bool] = False
+    top: ClassVar[float] = 1.05
+    tries: ClassVar[int] = 8
 
+    @property
+    def extent(self) -> float:
+        """Half the number of steps."""
+        return (self.element.high - self.element.low) / 2
 
-def _unit(low: Tensor, high: Tensor, element: Element, asymmetric: bool) -> tuple[Tensor, Tensor | None]:
-    if asymmetric:
-        return _absmax(low, high, element, asymmetric)
-    # The sign gives the one code more that negative numbers have to the side with the larger weights.
-    scale = torch.maximum(-low, high) / ((element.high - element.low) / 2)
-    return torch.where(high > -low, -scale, scale), None
+    def absmax(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale that makes the whole range of a block representable.
 
+        Bit-identical to torchao's `choose_qparams_affine` on float32 weights. Symmetric: `SYMMETRIC_NO_CLIPPING_ERR`,
+        the mapping under which no weight is clipped (`SYMMETRIC` maps the largest one to 7.5 of 7), so that every
+        weight is within half a step. Asymmetric: `ASYMMETRIC`, with an integer zero point in the range of the codes.
+        """
+        smallest, largest = self.element.low, self.element.high
+        if not self.asymmetric:
+            scale = torch.maximum(low / float(smallest), high / float(largest))
+            return scale.clamp_(min=self.floor), None
+        scale = ((high - low) / float(largest - smallest)).clamp_(min=self.floor)
+        return scale, (smallest - torch.round(low / scale)).clamp_(smallest, largest)
 
-def _encode(t: Tensor, zero: Tensor | None, element: Element) -> Tensor:
-    codes = t.round_() if zero is None else t.round_().add_(zero)
-    codes.clamp_(element.low, element.high)
-    if element.dtype is not None:
-        return codes.to(element.dtype)
-    return codes.sub_(element.low).to(torch.int8).view(torch.uint8)
+    def unit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Range divided by steps. Its sign gives the one more negative code to the side with the larger weights."""
+        if self.asymmetric:
+            return self.absmax(low, high)
+        scale = torch.maximum(-low, high) / self.extent
+        return torch.where(high > -low, -scale, scale), None
 
+    def encode(self, t: Tensor, zero: Tensor | None) -> Tensor:
+        """Round half to even, add the zero, clamp."""
+        codes = t.round_() if zero is None else t.round_().add_(zero)
+        codes.clamp_(self.element.low, self.element.high)
+        if self.element.dtype is not None:
+            return codes.to(self.element.dtype)
+        return codes.sub_(self.element.low).to(torch.int8).view(torch.uint8)
 
-def _decode(codes: Tensor, element: Element) -> Tensor:
-    values = codes.to(torch.float32)
-    return values if element.dtype is not None else values.add_(element.low)
+    def decode(self, codes: Tensor) -> Tensor:
+        """The integers as float32."""
+        values = codes.to(torch.float32)
+        return values if self.element.dtype is not None else values.add_(self.element.low)
 
-
-def _project(t: Tensor, zero: Tensor | None, element: Element, out: Tensor, spare: Tensor) -> None:
-    torch.round(t, out=out)
-    if zero is None:
-        out.clamp_(element.low, element.high)
-    else:
-        torch.maximum(out, element.low - zero, out=out)
-        torch.minimum(out, element.high - zero, out=out)
-
-
-INTEGERS = Family(
-    absmax=_absmax,
-    unit=_unit,
-    encode=_encode,
-    decode=_decode,
-    project=_project,
-    factors=tuple(1.05 - 0.45 * i / 11 for i in range(12)),
-    floor=torch.finfo(torch.float32).smallest_normal,
-)
+    def project(self, t: Tensor, zero: Tensor | None, out: Tensor, spare: Tensor) -> None:
+        """Round and clamp."""
+        torch.round(t, out=out)
+        if zero is None:
+            out.clamp_(self.element.low, self.element.high)
+        else:
+            torch.maximum(out, self.element.low - zero, out=out)
+            torch.minimum(out, self.element.high - zero, out=out)

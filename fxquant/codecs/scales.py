@@ -39,7 +39,8 @@ class Plain:
 
     def store(self, scales: Tensor, at: Grid) -> Tensor:
         """Float32 scales, rounded."""
-        return scales.abs().clamp_(self.floor, self.limit).copysign_(scales).to(self.dtype)
+        magnitudes = scales.abs().clamp_(self.floor, self.limit)
+        return torch.where(scales < 0, -magnitudes, magnitudes).to(self.dtype)
 
     def load(self, stored: Tensor, at: Grid) -> Tensor:
         """A part of the plane in float32."""
@@ -73,12 +74,20 @@ class Double:
         t.nan_to_num_(nan=-1.0).clamp_(-1, 1)
         # One rounding for product and sum, as its compiler makes of it.
         levels = t.add_(1.0).mul_(0.5).to(torch.float64).mul_(_LEVELS - 1).add_(0.5).to(torch.float32).to(torch.int32)
-        return _codes_by_level(scales.device).index_select(0, levels)
+        return self._codes_by_level.index_select(0, levels)
 
     def load(self, stored: Tensor, at: Grid) -> Tensor:
         """A part of the plane in float32: `map[code] * scale + offset`."""
-        values = dynamic_map(stored.device).index_select(0, stored.to(torch.int32))
+        values = self._map.index_select(0, stored.to(torch.int32))
         return values * self._spread(self.scale_scales, at) + self.offset
+
+    @functools.cached_property
+    def _map(self) -> Tensor:
+        return dynamic_map().to(self.offset.device)
+
+    @functools.cached_property
+    def _codes_by_level(self) -> Tensor:
+        return _codes_by_level().to(self.offset.device)
 
     def _spread(self, values: Tensor, at: Grid) -> Tensor:
         blocks = torch.arange(at[0].start, at[0].stop, device=values.device) // DOUBLE_QUANT_BLOCK
@@ -106,8 +115,7 @@ def scale_format(scheme: Scheme, planes: Mapping[str, Tensor], floor: float = 0.
     return plain(scheme, floor)
 
 
-@functools.lru_cache(maxsize=8)
-def dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map() -> Tensor:
     """The 256 values of the signed 8-bit dynamic data type, sorted: Dettmers, arXiv 1511.04561.
 
     Decade i of 7, from the top one down, has 64, 32, ..., 1 values of either sign: the middles of equal steps of
@@ -118,11 +126,10 @@ def dynamic_map(device: torch.device) -> Tensor:
         edges = torch.linspace(0.1, 1, (1 << i) + 1, dtype=torch.float32)
         decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
     positive = torch.cat(decades)
-    return torch.cat((positive, -positive, torch.tensor([0.0, 1.0]))).sort().values.to(device)
+    return torch.cat((positive, -positive, torch.tensor([0.0, 1.0]))).sort().values
 
 
-@functools.lru_cache(maxsize=8)
-def _codes_by_level(device: torch.device) -> Tensor:
-    values = dynamic_map(torch.device("cpu"))
+def _codes_by_level() -> Tensor:
+    values = dynamic_map()
     levels = torch.arange(_LEVELS, dtype=torch.float32) * 2 / (_LEVELS - 1) - 1
-    return torch.bucketize(levels, (values[:-1] + values[1:]) / 2).to(torch.uint8).to(device)
+    return torch.bucketize(levels, (values[:-1] + values[1:]) / 2).to(torch.uint8)

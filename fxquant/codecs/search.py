@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 from fxquant.codecs.blocks import Batch
 from fxquant.codecs.family import Family, bounded, reciprocal
 from fxquant.codecs.scales import ScaleFormat
-from fxquant.scheme import Element
 
-_POLISH = 2
+# Uniform quantizers of normal weights clip best at 2.6 (4 bits) to 4 (8 bits) standard deviations: the search goes down
+# to 1.9 (4 bits) to 3.1 (8 bits), and always to 0.85 of the range.
+_DEVIATIONS, _OFFSET = 0.3, 0.7
+_LOWEST, _HIGHEST = 1e-4, 0.85
 
 Weights = Callable[[], Iterator[Tensor]]
 """Gives the pieces of a batch, `[blocks, weights of the piece]`, in units of some scale per block."""
@@ -21,16 +24,14 @@ Weights = Callable[[], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched for: an element of a family, with or without zero points, under a format of scales."""
+    """What is searched for: the scales of an element, as a format stores them."""
 
     family: Family
-    element: Element
-    asymmetric: bool
     format: ScaleFormat
 
     def absmax(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Stored scales and float32 zeros, `[blocks]`, by the absmax rule of the family."""
-        scale, zero = self.family.absmax(*_range(batch), self.element, self.asymmetric)
+        scale, zero = self.family.absmax(*_range(batch))
         return self.format.store(scale, batch.at), zero
 
     def least_squares(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -41,15 +42,14 @@ class Search:
         and fitted again a few times, with the neighbouring zeros if there are zeros.
         """
         low, high = _range(batch)
-        unit, zero = self.family.unit(low, high, self.element, self.asymmetric)
+        unit, zero = self.family.unit(low, high)
         unit = bounded(unit)
         weights = batch.scaled(reciprocal(unit).unsqueeze(1))
-        fit = _Fit(self, weights, zero)
-        fit.grid(self.family.factors)
-        for _ in range(_POLISH):
-            fit.polish()
+        fit = _Fit(self.family, weights, zero)
+        fit.grid()
+        fit.polish()
         found = self.format.store(fit.scale * unit, batch.at)
-        scale, zero = self.family.absmax(low, high, self.element, self.asymmetric)
+        scale, zero = self.family.absmax(low, high)
         spanning = self.format.store(scale, batch.at)
         errors = [
             fit.error(self.format.load(stored, batch.at) / unit, at_zero)
@@ -64,71 +64,101 @@ class Search:
 class _Fit:
     """The best scale (in units) and zero so far of each block of a batch, and its squared error."""
 
-    def __init__(self, search: Search, weights: Weights, zero: Tensor | None) -> None:
-        self._search, self._weights, self.zero = search, weights, zero
+    def __init__(self, family: Family, weights: Weights, zero: Tensor | None) -> None:
+        self._family, self._weights, self.zero = family, weights, zero
         self._scratch: list[Tensor] = []
-        self._norm = sum(t.square().sum(1, dtype=torch.float64) for t in weights())
+        self._norm = _total(torch.linalg.vector_norm(t, dim=1).square_() for t in weights())
 
-    def grid(self, factors: tuple[float, ...]) -> None:
-        """Start from the best of some factors."""
-        tried = [self._refit(factor, self.zero) for factor in factors]
-        self._error, best = torch.stack([error for _, error in tried]).min(0)
-        self.scale = torch.stack([scale for scale, _ in tried]).gather(0, best.unsqueeze(0)).squeeze(0)
+    def grid(self) -> None:
+        """The best of some scales in geometric progression, and then of those halfway to its neighbours.
+
+        They go from a little above the unit down to a multiple of the spread of the weights: the larger a block and the
+        heavier its tails, the more of them it pays to clip; with more bits, less.
+        """
+        family = self._family
+        deviations = _DEVIATIONS * family.element.bits + _OFFSET
+        bottom = (self._deviation() * (deviations / family.extent)).clamp_(_LOWEST, _HIGHEST)
+        ratio = (bottom / family.top) ** (1 / (family.tries - 1))
+        factors = family.top * ratio ** torch.arange(family.tries, device=ratio.device).unsqueeze(1)
+        sums = [self._sums(factor, self.zero) for factor in factors]
+        cross, residual = (torch.stack(terms) for terms in zip(*sums, strict=True))
+        scales, errors = self._refit(factors, cross, residual)
+        self._error, best = errors.min(0)
+        start = self.scale = scales.gather(0, best.unsqueeze(0)).squeeze(0)
+        for step in (ratio.sqrt(), ratio.rsqrt()):
+            self._consider(start * step, self.zero)
+
+    def _deviation(self) -> Tensor:
+        count = sum(t.shape[1] for t in self._weights())
+        square = self._norm / count
+        if self.zero is not None:  # Blocks with a zero point need not be centred.
+            square -= (_total(t.sum(1) for t in self._weights()) / count).square_()
+        return square.clamp_(min=0).sqrt_()
 
     def polish(self) -> None:
         """Round and fit again at the best so far, and at the zeros next to it."""
-        element = self._search.element
+        element = self._family.element
         if self.zero is not None:
             for step in (-1, 1):
-                self._consider((self.zero + step).clamp_(element.low, element.high))
-        self._consider(self.zero)
+                self._consider(self.scale, (self.zero + step).clamp_(element.low, element.high))
+        self._consider(self.scale, self.zero)
 
-    def _consider(self, zero: Tensor | None) -> None:
-        scale, error = self._refit(self.scale, zero)
+    def error(self, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The squared error of each block, in units, with the very codes that a given scale will get."""
+        factor = scale.unsqueeze(1)
+        zero = None if zero is None else zero.unsqueeze(1)
+        errors = []
+        for t in self._weights():
+            values = self._family.decode(self._family.encode(t * reciprocal(factor), zero))
+            if zero is not None:
+                values -= zero
+            errors.append(torch.linalg.vector_norm(values.mul_(factor).sub_(t), dim=1).square_())
+        return _total(errors)
+
+    def _consider(self, scale: Tensor, zero: Tensor | None) -> None:
+        scale, error = self._refit(scale, *self._sums(scale, zero))
         better = error < self._error
         self._error = torch.where(better, error, self._error)
         self.scale = torch.where(better, scale, self.scale)
         if self.zero is not None and zero is not None:
             self.zero = torch.where(better, zero, self.zero)
 
-    def _refit(self, scale: float | Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _refit(self, scale: Tensor, cross: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The best scale for the codes q that a scale gives, and the squared error with these codes and that scale.
 
         From the residuals `r = w / scale - q`, because they keep their digits where the sums in the docstring of
-        `least_squares` lose them: their difference is a millionth of either.
+        `least_squares` lose them: at 8 bits these differ by less than a thousandth of a percent.
         """
-        cross, residual = self._sums(scale, zero)
-        squares = self._norm / scale**2 - 2 * cross - residual
+        squares = self._norm / scale.square() - 2 * cross - residual
         step = torch.where(squares > 0, cross / squares, 0.0)
-        return (scale * (1 + step)).to(torch.float32), (residual - step * cross) * scale**2
+        return scale + scale * step, (residual - step * cross) * scale.square()
 
-    def _sums(self, scale: float | Tensor, zero: Tensor | None) -> Tensor:
-        """`sum(r q)` and `sum(r^2)`, float64."""
-        sums = self._norm.new_zeros((2, len(self._norm)))
-        inverse = 1.0 / scale if isinstance(scale, float) else reciprocal(scale).unsqueeze(1)
+    def _sums(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`sum(r q)` and `sum(r^2)` of each block."""
+        inverse = reciprocal(scale).unsqueeze(1)
         zero = None if zero is None else zero.unsqueeze(1)
+        cross, residual = [], []
         for t in self._weights():
             if not self._scratch or self._scratch[0].shape != t.shape:
                 # Fresh memory for every product would cost more than the product.
                 self._scratch = [torch.empty_like(t) for _ in range(3)]
             r, q, spare = self._scratch
             torch.mul(t, inverse, out=r)
-            self._search.family.project(r, zero, self._search.element, q, spare)
-            sums[1] += torch.linalg.vector_norm(r.sub_(q), dim=1).square_()
-            sums[0] += q.mul_(r).sum(1)
-        return sums
+            self._family.project(r, zero, q, spare)
+            residual.append(torch.linalg.vector_norm(r.sub_(q), dim=1).square_())
+            cross.append(q.mul_(r).sum(1))
+        return _total(cross), _total(residual)
 
-    def error(self, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """The squared error of each block, in units, at a given scale."""
-        return self._sums(scale, zero)[1] * scale**2
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
 
 
 def _range(batch: Batch) -> tuple[Tensor, Tensor]:
     """The smallest and largest weight of each block, 0 included."""
-    low = high = None
+    lows, highs = [], []
     for piece in batch.pieces:
         x = piece()
-        low = x.amin(1) if low is None else torch.minimum(low, x.amin(1))
-        high = x.amax(1) if high is None else torch.maximum(high, x.amax(1))
-    assert low is not None and high is not None
-    return low.clamp_(max=0), high.clamp_(min=0)
+        lows.append(x.amin(1))  # Two passes are several times as fast as one `aminmax` on a CPU.
+        highs.append(x.amax(1))
+    return functools.reduce(torch.minimum, lows).clamp_(max=0), functools.reduce(torch.maximum, highs).clamp_(min=0)

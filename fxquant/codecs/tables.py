@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fxquant.codecs.family import Family, look_up
+from fxquant.codecs.family import look_up
 from fxquant.scheme import Element
 
 # Weights in units of their scale lie in [-1, 1]. That range is cut into bins so narrow that no bin holds two bounds
@@ -17,56 +19,65 @@ _BINS = 2048
 _MAGIC, _MAGIC_BITS = float(1 << 23), 0x4B000000
 
 
-def _absmax(low: Tensor, high: Tensor, element: Element, asymmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """The largest magnitude of a block: QLoRA, arXiv 2305.14314; bit-identical to bitsandbytes."""
-    return torch.maximum(-low, high), None
+@dataclass(frozen=True)
+class Tables:
+    """`table[code] * scale`."""
 
+    element: Element
+    device: torch.device
+    floor: ClassVar[float] = 0.0
+    divides: ClassVar[bool] = False
+    top: ClassVar[float] = 1.1
+    tries: ClassVar[int] = 8
 
-@functools.lru_cache(maxsize=32)
-def _lookups(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """By bin: the bound in it (or infinity); by bin and side of that bound: the code; by bin: the value at its middle.
+    @property
+    def extent(self) -> float:
+        """The largest value of the table, which is 1."""
+        return self.element.bound
 
-    Halfway between two values the lower one is nearer, as in bitsandbytes. Of two codes for 0, the one that a stable
-    sort puts first serves up to 0 and the other one what is above.
-    """
-    values = torch.tensor(element.values, dtype=torch.float32)
-    order = torch.argsort(values, stable=True)
-    bounds = (values[order][:-1] + values[order][1:]) / 2
-    bins = _bin(bounds.clone())
-    assert bins.unique().numel() == bins.numel(), "two bounds in one bin"
-    bound = torch.full((_BINS,), torch.inf).index_copy_(0, bins.long(), bounds)
-    below = torch.bucketize(torch.arange(_BINS), bins.long())
-    codes = order[torch.stack((below, below + bound.isfinite()), -1).flatten()].to(torch.uint8)
-    middles = values[order][torch.bucketize(torch.arange(_BINS) / (_BINS / 2 - 1) - _BINS / (_BINS - 2), bounds)]
-    return bound.to(device), codes.to(device), middles.to(device)
+    def absmax(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The largest magnitude of a block: QLoRA, arXiv 2305.14314; bit-identical to bitsandbytes."""
+        return torch.maximum(-low, high), None
+
+    def unit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The absmax scale."""
+        return self.absmax(low, high)
+
+    def encode(self, t: Tensor, zero: Tensor | None) -> Tensor:
+        """The nearest value, the lower one of two at the same distance: bit-identical to bitsandbytes."""
+        bounds, codes, _ = self._lookups
+        t = t.clamp_(-1, 1)
+        bins = _bin(t.clone()).view(-1)
+        above = t.view(-1).gt_(bounds.index_select(0, bins)).to(torch.int32)
+        return codes.index_select(0, bins.mul_(2).add_(above)).view(t.shape)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values in the table."""
+        return look_up(codes, torch.tensor(self.element.values, dtype=torch.float32, device=self.device))
+
+    def project(self, t: Tensor, zero: Tensor | None, out: Tensor, spare: Tensor) -> None:
+        """By bin alone: the wrong value only next to a bound, where both values are equally far."""
+        torch.index_select(self._lookups[2], 0, _bin(spare.copy_(t)).view(-1), out=out.view(-1))
+
+    @functools.cached_property
+    def _lookups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By bin: the bound in it (or infinity); by bin and side of that bound: the code; by bin: the value nearest.
+
+        Of two codes for 0, the one that a stable sort puts first serves up to 0 and the other one what is above.
+        """
+        values = torch.tensor(self.element.values, dtype=torch.float32)
+        order = torch.argsort(values, stable=True)
+        bounds = (values[order][:-1] + values[order][1:]) / 2
+        bins = _bin(bounds.clone()).to(torch.int64)
+        bound = torch.full((_BINS,), torch.inf).index_copy_(0, bins, bounds)
+        below = torch.bucketize(torch.arange(_BINS), bins)
+        codes = order[torch.stack((below, below + bound.isfinite()), -1).flatten()].to(torch.uint8)
+        middles = (torch.arange(_BINS) - _BINS / 2) / (_BINS / 2 - 1)
+        nearest = values[order][torch.bucketize(middles, bounds)]
+        return bound.to(self.device), codes.to(self.device), nearest.to(self.device)
 
 
 def _bin(t: Tensor) -> Tensor:
     # From 1 to _BINS - 1. Each step is monotone in floating point, so that a bound and the weights on either side of it
     # cannot change places. Writes over its argument.
     return t.clamp_(-1, 1).mul_(_BINS / 2 - 1).add_(_BINS / 2 + _MAGIC).view(torch.int32).sub_(_MAGIC_BITS)
-
-
-def _encode(t: Tensor, zero: Tensor | None, element: Element) -> Tensor:
-    bound, codes, _ = _lookups(element, t.device)
-    t = t.clamp_(-1, 1)
-    bins = _bin(t.clone()).view(-1)
-    above = t.view(-1).gt_(bound.index_select(0, bins)).to(torch.int32)
-    return codes.index_select(0, bins.mul_(2).add_(above)).view(t.shape)
-
-
-def _project(t: Tensor, zero: Tensor | None, element: Element, out: Tensor, spare: Tensor) -> None:
-    # By bin alone: wrong only next to a bound, where both values are equally far.
-    values = _lookups(element, t.device)[2]
-    torch.index_select(values, 0, _bin(spare.copy_(t)).view(-1), out=out.view(-1))
-
-
-TABLES = Family(
-    absmax=_absmax,
-    unit=_absmax,
-    encode=_encode,
-    decode=look_up,
-    project=_project,
-    factors=tuple(1.1 - 0.35 * i / 11 for i in range(12)),
-    floor=0.0,
-)

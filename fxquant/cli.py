@@ -1,0 +1,191 @@
+"""The command `fxquant`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+# Everything that needs torch is imported by the commands that need it: `fxquant --help` must not wait for it.
+_HELP = """Quantize PyTorch models by rewriting their graph.
+
+\b
+[bold]To start[/bold]
+  fxquant demo                            the main job on a small model
+  fxquant recipes                         what a recipe can be
+  fxquant plan MODEL -r int4-g64          what becomes of each weight, and why
+  fxquant quantize MODEL OUT -r nf4-dq    quantize a checkpoint and write it
+  fxquant inspect OUT                     what is in a checkpoint
+
+\b
+In Python: model = fxquant.quantize(model, "int4"), then torch.compile(model)
+"""
+
+
+class _Commands(TyperGroup):
+    """Ends in one plain paragraph, not in a traceback, where the cause is the caller's or a file's."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _error("interrupted")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            from fxquant.errors import FxquantError
+
+            if not isinstance(error, FxquantError):
+                raise
+            _error(f"{type(error).__name__}: {error}")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="fxquant",
+    help=_HELP,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a transformers checkpoint, or hub id.")]
+RecipeText = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="A preset (int4), a scheme (nf4-dq, int4-g64-asym) or a YAML file; see: fxquant recipes"
+    ),
+]
+Excluded = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", "-x", metavar="PATTERN", help="Modules to leave as they are; may be repeated."),
+]
+Full = Annotated[bool, typer.Option("--full", help="One row per weight; without it layers of a kind share one.")]
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"fxquant {installed('fxquant')}")
+        raise typer.Exit
+
+
+@app.command("plan")
+def show_plan(model: Model, recipe: RecipeText = "int4", exclude: Excluded = None, full: Full = False) -> None:
+    """Show what would become of each weight, and why. Reads the config alone, no weights.
+
+    [bold]Example:[/bold]  fxquant plan ./my-model -r int4-g64 -x '*.mlp.down_proj'
+    """
+    from fxquant.api import plan
+    from fxquant.pretrained import load_config, model_class, refuse_quantized, skeleton
+    from fxquant.recipe import Recipe
+
+    chosen = Recipe.resolve(recipe)
+    config = load_config(model)
+    refuse_quantized(model, config)
+    empty = skeleton(model_class(config), config, buffers=False)
+    plan(empty, chosen, exclude=exclude or ()).table(full=full).show(Console())
+
+
+@app.command("quantize")
+def quantize_checkpoint(
+    model: Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write; must not exist, or be empty.")],
+    recipe: RecipeText = "int4",
+    exclude: Excluded = None,
+    full: Full = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where fxquant wrote it.")] = False,
+) -> None:
+    """Quantize a checkpoint and write it: safetensors and JSON, which `fxquant.model_files.read_model` reads.
+
+    [bold]Example:[/bold]  fxquant quantize ./my-model ./my-model-nf4 -r nf4-dq
+    """
+    from fxquant.api import quantize
+    from fxquant.errors import FileError
+    from fxquant.install import record_of
+    from fxquant.model_files import check_target, write_model
+    from fxquant.pretrained import load_config, load_model, load_tokenizer, refuse_quantized
+    from fxquant.recipe import Recipe
+    from fxquant.reports import report
+
+    chosen = Recipe.resolve(recipe)
+    check_target(out, force=force)
+    refuse_quantized(model, load_config(model))
+    loaded = load_model(model)
+    try:
+        tokenizer = load_tokenizer(model)
+    except FileError as error:
+        tokenizer = None
+        typer.echo(f"no tokenizer is written: {error}", err=True)
+    quantize(loaded, chosen, exclude=exclude or ())
+    record = record_of(loaded)
+    if record is not None:
+        typer.echo(f"plan: {record.plan.table().notes[0]}")
+    report(loaded).table(full=full).show(Console())
+    write_model(loaded, out, tokenizer, recipe=recipe, force=force)
+    typer.echo(f"written to {out}")
+
+
+@app.command("inspect")
+def inspect_checkpoint(model: Model, full: Full = False) -> None:
+    """Show what is in a checkpoint: linears, experts, dtypes, bytes, and whether and how it is quantized.
+
+    [bold]Example:[/bold]  fxquant inspect ./my-model-int4
+    """
+    from fxquant.checkpoint_tables import checkpoint_tables
+
+    for table in checkpoint_tables(model, full=full):
+        table.show(Console())
+
+
+@app.command("recipes")
+def show_recipes() -> None:
+    """Show the presets and the schemes, with bits per weight."""
+    from fxquant.recipe_tables import recipe_tables
+
+    for table in recipe_tables():
+        table.show(Console())
+
+
+@app.command("demo")
+def demo(
+    recipe: RecipeText = "int4",
+    model: Annotated[str | None, typer.Option(help="Another causal language model: directory or hub id.")] = None,
+    text: Annotated[str | None, typer.Option(help="A file of text to measure perplexity on.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 256 tokens to measure perplexity on.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Generate with the compiled model.")] = True,
+) -> None:
+    """Do the main job on a small trained model that comes along, and measure it: sizes, perplexity, text.
+
+    [bold]Example:[/bold]  fxquant demo -r nf4
+    """
+    from fxquant.demo import run_demo
+    from fxquant.recipe import Recipe
+
+    run_demo(
+        Console(),
+        Recipe.resolve(recipe),
+        model_path=model,
+        text_path=text,
+        windows=windows,
+        tokens=tokens,
+        compiled=compiled,
+    )
+
+
+def _error(message: str) -> None:
+    typer.echo(message, err=True)

@@ -1,0 +1,76 @@
+"""Imports point down only: a module imports from the floors above its own line in this list, never beside or below."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import fxquant
+import fxquant.passes
+
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"scheme"},
+]
+ROOT = Path(fxquant.__file__).parent
+PASSES = Path(fxquant.passes.__file__).parent
+FILES = {path.stem: path for path in ROOT.glob("*.py") if path.stem != "__init__"}
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+
+
+def imports(path: Path) -> set[str]:
+    """First name under fxquant of everything that the file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fxquant":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fxquant.")}
+    return found
+
+
+def files_of(name: str) -> list[Path]:
+    return [FILES[name]] if name in FILES else sorted((ROOT / name).glob("*.py"))
+
+
+def test_every_module_has_one_floor() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(FLOOR) == set(FILES) | packages
+    assert sum(len(floor) for floor in FLOORS) == len(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_imports_go_down(name: str) -> None:
+    for path in files_of(name):
+        for imported in imports(path) - ({name} if name not in FILES else set()):
+            assert FLOOR[imported] < FLOOR[name], f"{path.name} imports fxquant.{imported}"
+
+
+def test_a_pass_imports_no_other_pass() -> None:
+    for path in PASSES.glob("*.py"):
+        if path.stem != "__init__":
+            assert "passes" not in imports(path), path.name
+
+
+def test_private_torch_is_in_one_file() -> None:
+    """torch._inductor and torch._dynamo move with every release."""
+    for path in [*ROOT.rglob("*.py"), *PASSES.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            private = [m for m in modules if m.startswith(("torch._inductor", "torch._dynamo"))]
+            assert not private or path.name == "inductor.py", f"{path.name} imports {private}"
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_every_module_can_be_imported_first(name: str) -> None:
+    importlib.import_module(f"fxquant.{name}")
+
+
+def test_passes_has_one_name() -> None:
+    with pytest.raises(ImportError, match="import fxquant.passes, not passes"):
+        importlib.import_module("passes")

@@ -1,0 +1,388 @@
+"""Models written and read back: bit for bit, and nothing but errors for files that are not as they should be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.errors import FileError, FxquantError, ModelError
+from fxquant.model_files import WEIGHTS, check_target, is_model_directory, read_model, write_model
+from fxquant.model_index import INDEX, read_index
+from fxquant.modules import QLinear
+from fxquant.pretrained import load_config, load_model, load_tokenizer, model_class, skeleton
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import tiny_model
+
+DATA = Path(__file__).parent / "data"
+
+
+def write_tiny(kind: str, path: Path, recipe: Any = "int8", dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = fxquant.quantize(tiny_model(kind).to(dtype), recipe, progress=False)
+    write_model(model, path)
+    return model
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    write_tiny("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    """Same modules, parameters and buffers by name and bit, also those that no file holds; same sharing."""
+    assert [(n, type(m)) for n, m in a.named_modules()] == [(n, type(m)) for n, m in b.named_modules()]
+    for left, right in ((a.named_parameters, b.named_parameters), (a.named_buffers, b.named_buffers)):
+        one, two = dict(left()), dict(right())
+        assert list(one) == list(two)  # named_parameters leaves shared ones out
+        for name, tensor in one.items():
+            assert tensor.dtype == two[name].dtype, name
+            assert tensor.requires_grad == two[name].requires_grad
+            assert torch.equal(tensor.view(torch.uint8), two[name].view(torch.uint8)), name
+    for name, module in a.named_modules():
+        if isinstance(module, QLinear):
+            other = b.get_submodule(name)
+            assert isinstance(other, QLinear)
+            for attribute in ("spelling", "dtype", "origin", "transposed", "trainable", "in_features", "out_features"):
+                assert getattr(module, attribute) == getattr(other, attribute)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "dtype"),
+    [
+        ("llama", "int4-g32", torch.bfloat16),
+        ("llama", [("lm_head", "int8"), ("*", "nf4-dq")], torch.float32),
+        ("gpt2", "int8", torch.float32),
+        ("opt", "int4-g32-asym", torch.float16),
+        ("bloom", "fp8", torch.bfloat16),
+        ("gemma3_text", "nf4", torch.bfloat16),
+        ("mixtral", "int8", torch.bfloat16),
+    ],
+)
+def test_a_model_comes_back_bit_for_bit(kind: str, recipe: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = write_tiny(kind, tmp_path / "model", recipe, dtype)
+    read = read_model(tmp_path / "model")
+    assert_same(model, read)
+    assert not read.training
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(model(tokens).logits, read(tokens).logits)
+    assert fxquant.dequantize(read) is read
+
+
+def test_a_model_whose_parts_have_several_dtypes(tmp_path: Path) -> None:
+    model = tiny_model("llama").bfloat16()
+    model.model.norm.float()
+    model.model.layers[0].mlp.float()
+    fxquant.quantize(model, "int8", progress=False)
+    write_model(model, tmp_path / "model")
+    assert_same(model, read_model(tmp_path / "model"))
+
+
+def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
+    model = write_tiny("gpt2", tmp_path / "model")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    with safe_open(tmp_path / "model" / WEIGHTS, "pt") as stored:
+        names = set(stored.keys())
+    assert len(names & {"lm_head.weight", "transformer.wte.weight"}) == 1
+    read: Any = read_model(tmp_path / "model")
+    assert read.lm_head.weight is read.transformer.wte.weight
+
+
+def test_a_weight_that_was_tied_and_is_quantized_now_stays_apart(tmp_path: Path) -> None:
+    model = write_tiny("gpt2", tmp_path / "model", [("lm_head", "int8"), ("*", "int8")])
+    read: Any = read_model(tmp_path / "model")
+    assert isinstance(read.lm_head, QLinear)
+    assert_same(model, read)
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
+    model: Any = fxquant.quantize(load_model(DATA / "code-dense", progress=False), "int4", progress=False)
+    model.generation_config.top_k = 7
+    write_model(model, tmp_path / "model", load_tokenizer(DATA / "code-dense"), recipe="int4")
+    read: Any = read_model(tmp_path / "model")
+    assert load_tokenizer(tmp_path / "model")("def f(x):") == load_tokenizer(DATA / "code-dense")("def f(x):")
+    assert read.generation_config.top_k == 7
+    assert read_index(tmp_path / "model").recipe == "int4"
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    assert not hasattr(read.config, "quantization_config")
+    prompt = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(prompt, max_new_tokens=5), read.generate(prompt, max_new_tokens=5))
+
+
+def test_the_file_has_the_bytes_that_the_report_promises(tmp_path: Path) -> None:
+    model = fxquant.quantize(load_model(DATA / "code-dense", progress=False), "int4", progress=False)
+    write_model(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    planes = sum(t.numel() * t.element_size() for name, t in tensors.items() if name.endswith((".codes", ".scales")))
+    from fxquant.reports import report
+
+    assert planes == report(model).bytes_after
+
+
+def test_transformers_without_fxquant_refuses_the_directory(written: Path) -> None:
+    """It must not fill the weights that it does not find with random numbers."""
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(written)
+    config = json.loads((written / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "fxquant", "format": 1}
+
+
+def test_a_view_of_a_large_tensor_is_written_alone(tmp_path: Path) -> None:
+    model: Any = fxquant.quantize(tiny_model("llama"), "int8", progress=False)
+    layer = model.model.layers[0].self_attn.q_proj
+    both = torch.cat([layer.codes, layer.codes])
+    layer.codes = both[: len(layer.codes)]
+    write_model(model, tmp_path / "model")
+    assert_same(model, read_model(tmp_path / "model"))
+
+
+class Custom(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny_model("llama"), "nothing in this LlamaForCausalLM is quantized"),
+        (lambda: Custom(nn.Linear(4, 4)), "a Custom cannot be built again from files"),
+        (lambda: subclassed(), "a Mine cannot be built again from files"),
+        (lambda: fxquant.quantize(tiny_model("llama"), "int8", progress=False).to("meta"), "has no values"),
+    ],
+)
+def test_what_cannot_be_written_leaves_nothing(make: Callable[[], nn.Module], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        write_model(make(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def subclassed() -> nn.Module:
+    model = fxquant.quantize(tiny_model("llama"), "int8", progress=False)
+    model.__class__ = type("Mine", (type(model),), {})
+    return model
+
+
+class FullDisk:
+    """A tokenizer on whose files the disk runs full."""
+
+    def save_pretrained(self, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    model = fxquant.quantize(tiny_model("llama"), "int8", progress=False)
+    with pytest.raises(FileError, match="No space left on device"):
+        write_model(model, tmp_path / "model", FullDisk())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_replacement_keeps_what_was_there(written: Path) -> None:
+    before = {p.name: p.read_bytes() for p in written.iterdir()}
+    with pytest.raises(FileError, match="No space left"):
+        write_model(fxquant.quantize(tiny_model("gpt2"), "int8", progress=False), written, FullDisk(), force=True)
+    assert {p.name: p.read_bytes() for p in written.iterdir()} == before
+    assert list(written.parent.iterdir()) == [written]
+
+
+def test_force_replaces_a_model_and_nothing_else(written: Path) -> None:
+    model = fxquant.quantize(tiny_model("gpt2"), "int8", progress=False)
+    with pytest.raises(FileError, match="is not empty"):
+        write_model(model, written)
+    write_model(model, written, force=True)
+    assert_same(model, read_model(written))
+    assert list(written.parent.iterdir()) == [written]
+    (written / INDEX).unlink()
+    with pytest.raises(FileError, match="something else than a model that fxquant wrote"):
+        check_target(written, force=True)
+
+
+def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty")
+    check_target(tmp_path / "new")
+    for name, message in {
+        "file": "is not a directory",
+        "link": "is not a directory",
+        "missing/model": "there is no directory",
+        "file/model": "there is no directory",
+    }.items():
+        with pytest.raises(FileError, match=message):
+            check_target(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "link"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(FileError, match="Permission denied"):
+        check_target(tmp_path / "model")
+
+
+def change_index(path: Path, **changes: Any) -> None:
+    data = json.loads((path / INDEX).read_text())
+    (path / INDEX).write_text(json.dumps(data | changes))
+
+
+def first_linear(path: Path, **changes: Any) -> dict[str, Any]:
+    linears: dict[str, Any] = json.loads((path / INDEX).read_text())["linears"]
+    name = next(iter(linears))
+    linears[name] = {**linears[name], **changes}
+    return linears
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p / INDEX).write_text("{"), "is not valid JSON"),
+        (lambda p: (p / INDEX).write_bytes(b"\xff\xfe"), "is not valid JSON"),
+        (lambda p: (p / INDEX).write_text("[" * 100_000), "is not valid JSON"),
+        (lambda p: (p / INDEX).write_text("[]"), "has the format 'list'"),
+        (lambda p: (p / INDEX).unlink(), "is not a model that fxquant wrote"),
+        (lambda p: change_index(p, format=2), "has the format 2; this version of fxquant reads format 1"),
+        (lambda p: change_index(p, linears=[]), "'linears' must be an object, got list"),
+        (lambda p: change_index(p, shared={"a": 3}), "must name another tensor, got 3"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme="int9")), "unknown scheme 'int9'"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme=4)), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears=first_linear(p, dtype="int8")), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears=first_linear(p, dtype=["float32"])), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears={"model.layers.0.self_attn.qproj": ENTRY}), "did you mean"),
+        (lambda p: change_index(p, linears={"model.embed_tokens": ENTRY}), "has no linear of this name"),
+        (lambda p: change_index(p, linears={"": ENTRY}), "has no linear of this name"),
+        (lambda p: change_index(p, linears={}), "holds tensors that the model does not have"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme="nf4")), "lacks tensors|the model needs"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme="int8-g7")), "cannot|not a multiple|the model needs"),
+        (lambda p: change_index(p, shared={"model.norm.weight": "nowhere"}), "disagree on shared tensors: nowhere"),
+        (lambda p: change_index(p, shared={"nowhere": "model.norm.weight"}), "disagree on shared tensors: nowhere"),
+        (lambda p: change_index(p, model="Nonsense"), "the model class 'Nonsense'"),
+        (lambda p: change_index(p, model="os"), "the model class 'os'"),
+        (lambda p: change_index(p, model="__class__"), "the model class '__class__'"),
+        (lambda p: change_index(p, model="AutoModel"), "the model class 'AutoModel'"),
+        (lambda p: change_index(p, model="GPT2LMHeadModel"), "describes no GPT2LMHeadModel|cannot be int8"),
+        (lambda p: (p / "config.json").write_text("{"), "cannot read the config"),
+        (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+        (lambda p: change_config(p, num_hidden_layers=1), "the model has no linear of this name"),
+        (lambda p: change_config(p, intermediate_size=10**7), "the model needs"),
+        (lambda p: (p / WEIGHTS).unlink(), "cannot read"),
+        (lambda p: (p / WEIGHTS).write_bytes(b"\xff" * 64), "cannot read"),
+        (lambda p: (p / WEIGHTS).write_bytes(b""), "cannot read"),
+        (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-5]), "cannot read"),
+        (lambda p: change_tensor(p, lambda t: t[:-1]), "the model needs"),
+        (lambda p: change_tensor(p, lambda t: t.to(torch.uint8)), "the model needs"),
+        (lambda p: change_tensor(p, lambda t: t.float()), "the model needs"),
+        (lambda p: change_tensor(p, lambda t: None), "lacks tensors of the model"),
+        (lambda p: change_tensor(p, lambda t: t, "model.layers.9.codes"), "holds tensors that the model does not have"),
+    ],
+)
+def test_files_that_lie_are_refused(change: Callable[[Path], Any], message: str, written: Path) -> None:
+    change(written)
+    with pytest.raises(FileError, match=message):
+        read_model(written)
+
+
+ENTRY = {"scheme": "int8", "dtype": "float32"}
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    data = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(data | changes))
+
+
+def change_tensor(path: Path, change: Callable[[Tensor], Tensor | None], rename: str = "") -> None:
+    tensors = load_file(path / WEIGHTS)
+    name = next(name for name in tensors if name.endswith(".codes"))
+    new = change(tensors.pop(name))
+    if new is not None:
+        tensors[rename or name] = new
+    save_file(tensors, path / WEIGHTS)
+
+
+def test_an_index_of_gigabytes_is_not_read(written: Path) -> None:
+    with (written / INDEX).open("r+b") as file:
+        file.truncate(1 << 30)  # sparse
+    with pytest.raises(FileError, match="no index is that large"):
+        read_model(written)
+
+
+def test_no_file_can_make_it_run_out_of_errors(written: Path) -> None:
+    """Random bytes at random places of the index and of the header end in an error or in the same model."""
+    reference = read_model(written)
+    random = torch.Generator().manual_seed(0)
+    for name in (INDEX, WEIGHTS) * 15:
+        original = (written / name).read_bytes()
+        damaged = bytearray(original)
+        place = int(torch.randint(min(len(damaged), 3000), (), generator=random))
+        damaged[place] = int(torch.randint(256, (), generator=random))
+        (written / name).write_bytes(damaged)
+        try:
+            read = read_model(written)
+        except FxquantError:
+            pass
+        else:
+            assert {n for n, _ in read.named_modules()} == {n for n, _ in reference.named_modules()}
+        (written / name).write_bytes(original)
+
+
+def test_what_a_directory_is(written: Path, tmp_path: Path) -> None:
+    assert is_model_directory(written)
+    assert not is_model_directory(tmp_path)
+    assert not is_model_directory(DATA / "code-dense")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma3_text", "falcon", "bert", "opt", "mixtral", "phi3"])
+def test_a_skeleton_has_the_buffers_of_a_model_and_no_weights(kind: str) -> None:
+    model = tiny_model(kind)
+    empty = skeleton(type(model), copy.deepcopy(model.config))
+    for name, buffer in model.named_buffers():
+        if name not in model.state_dict():
+            assert torch.equal(buffer, empty.get_buffer(name)), name
+    matrices = [p for p in empty.parameters() if p.dim() > 1]
+    assert matrices
+    assert all(p.is_meta for p in matrices)
+    nothing = skeleton(type(model), copy.deepcopy(model.config), buffers=False)
+    assert all(t.is_meta for t in (*nothing.parameters(), *nothing.buffers()))
+
+
+def test_sources_that_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, message in {
+        "folder": "holds no config.json",
+        "file": "is a file",
+        "foldr": "there is no directory .*did you mean folder",
+        "deep/er": "there is no directory",
+    }.items():
+        with pytest.raises(FileError, match=message):
+            load_config(tmp_path / name)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_numbers(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(FileError, match=r"lacks 1 weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path, progress=False)
+
+
+def test_the_class_comes_from_the_config() -> None:
+    config = load_config(DATA / "code-dense")
+    assert model_class(config).__name__ == "LlamaForCausalLM"
+    for names in (None, [], ["subprocess"], ["LlamaConfig"], [3], "LlamaForCausalLM"):
+        config.architectures = names
+        with pytest.raises(FileError, match="names the model class"):
+            model_class(config)
