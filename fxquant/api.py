@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxquant import capture as _capture
+from fxquant import reports
 from fxquant.errors import CaptureError, ModelError
 from fxquant.install import check_finite, install, record_of, uninstall
 from fxquant.linears import find_linears, find_stacked
@@ -17,6 +18,7 @@ from fxquant.passes import DEFAULT
 from fxquant.plans import Plan
 from fxquant.progress import layer_progress
 from fxquant.recipe import Recipe
+from fxquant.reports import Report
 from fxquant.rewrite import History, Pass, run_passes
 from fxquant.select import select
 
@@ -96,6 +98,15 @@ def history(model: nn.Module) -> History:
     if record is None:
         raise ModelError(f"this {type(model).__name__} has no history: it was not quantized by fxquant.quantize")
     return record.history
+
+
+def report(model: nn.Module) -> Report:
+    """What was quantized: counts, bits per weight, bytes, error per layer; prints as a table.
+
+    Raises:
+        ModelError: when nothing in the model is quantized.
+    """
+    return reports.report(model)
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -231,18 +231,26 @@ def _to_graph(model: nn.Module, exported: fx.GraphModule, calls: _Calls) -> fx.G
     root._modules, root._parameters = dict(model._modules), dict(model._parameters)
     root._buffers = dict(model._buffers)
     root.training = False
-    for node in exported.graph.nodes:
+    for node in list(exported.graph.nodes):
         if node.op == "get_attr":
             _own_attribute(node, model, exported, root, calls)
         elif node.op == "call_function" and node.target is torch.ops.fxquant.leaf.default:
-            node.op = "call_module"
-            node.target, node.args, node.kwargs = calls.call(node)
+            _call_module(node, *calls.call(node))
     for node in reversed(exported.graph.nodes):
         if not node.users and not _has_effect(node):
             exported.graph.erase_node(node)
     gm = fx.GraphModule(root, exported.graph, f"Captured{type(model).__name__}")
     gm.graph.lint()
     return gm
+
+
+def _call_module(node: fx.Node, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Put a call of the module in the place of a leaf, under the module's own last name."""
+    with node.graph.inserting_before(node):
+        call = node.graph.create_node("call_module", target, args, kwargs, name=target.rpartition(".")[2])
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    node.graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node) -> bool:

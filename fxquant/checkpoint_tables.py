@@ -50,7 +50,7 @@ def checkpoint_tables(source: str, *, full: bool = False) -> list[Table]:
     config = load_config(source)
     files = _tensor_table(Path(source)) if Path(source).is_dir() else None
     if is_model_directory(source):
-        model = build(source, read_index(source))
+        model = build(config, read_index(source))
         return [_summary(source, config, model, _ours(source)), *filter(None, [files]), report(model).table(full=full)]
     model = skeleton(model_class(config), config, buffers=False)
     weights = _weights_table(model, full)

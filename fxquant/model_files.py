@@ -2,7 +2,8 @@
 
     config.json            transformers' config, with `quantization_config: {"quant_method": "fxquant"}`
     fxquant.json           format version, model class, scheme and dtype of every quantized linear, shared tensors
-    fxquant.safetensors    the state_dict: planes, biases and all other parameters and buffers
+    fxquant.safetensors    the state_dict: planes, biases and all other parameters and buffers; and buffers outside it
+                           that differ from what transformers computes, as after model.bfloat16()
     generation_config.json, tokenizer files
 
 The weights are not called `model.safetensors`: transformers would load that without fxquant, fill the weights that it
@@ -11,6 +12,7 @@ does not find with random numbers, and warn. So it says that there are no weight
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -19,31 +21,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fxquant.errors import FileError, ModelError, SchemeError, nearest
+from fxquant.errors import FileError, nearest
 from fxquant.linears import find_linears
-from fxquant.model_index import FLOATS, FORMAT, INDEX, Index, index_of, read_index
+from fxquant.model_index import FORMAT, INDEX, Index, index_from, index_of, read_index
+from fxquant.model_tensors import collect, load, store
 from fxquant.modules import QLinear
-from fxquant.pretrained import load_config, model_class, skeleton
+from fxquant.pretrained import as_file_error, load_config, model_class, skeleton
 
 WEIGHTS = "fxquant.safetensors"
-_STORED: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""dtypes by the names that safetensors headers use."""
 
 
 def is_model_directory(path: str | os.PathLike[str]) -> bool:
@@ -90,13 +77,14 @@ def write_model(
         FileError: the place cannot be written.
         ModelError: the model is not quantized, is no class of transformers, or has weights without values.
     """
-    index = index_of(model, recipe)
-    tensors, shared = _unique_tensors(model)
     check_target(path, force=force)
+    index = index_of(model, recipe)
+    config = _config_of(model)
+    tensors, index["shared"] = collect(model, build(config, index_from(index, "the model")))
     target = Path(path).absolute()
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write_files(made, model, {**index, "shared": shared}, tensors, tokenizer)
+        _write_files(made, model, config, index, tensors, tokenizer)
         made.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(made, target)
     except OSError as error:
@@ -115,21 +103,22 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
         FileError: the directory is not what it should be; says where.
     """
     index = read_index(path)
-    model = build(path, index)
-    _load(model, Path(path) / WEIGHTS, index)
+    model = build(load_config(path), index)
+    load(model, Path(path) / WEIGHTS, index.shared)
     empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
         raise FileError(f"{path} cannot be read: {', '.join(empty[:3])} of this {index.model} is in no file")
+    _load_generation_config(model, Path(path))
     return model
 
 
-def build(path: str | os.PathLike[str], index: Index) -> nn.Module:
-    """The model of the directory without its weights: `QLinear`s in place, everything on the meta device.
+def build(config: Any, index: Index) -> nn.Module:
+    """A model without weights: `QLinear`s in place, parameters and planes on the meta device, in eval mode.
 
     Raises:
         FileError: config and index contradict each other, or a linear cannot hold its scheme.
     """
-    config = load_config(path)
+    config = copy.deepcopy(config)
     config.architectures = [index.model]
     # In memory a model is the same whether quantized here or read: its config says nothing of quantization.
     if hasattr(config, "quantization_config"):
@@ -141,11 +130,11 @@ def build(path: str | os.PathLike[str], index: Index) -> nn.Module:
         site = sites.get(name)
         if site is None or site.obstacle is not None:
             reason = site.obstacle if site else f"the model has no linear of this name{nearest(name, sites)}"
-            raise FileError(f"{Path(path) / INDEX}: {name} cannot be {scheme}: {reason}")
-        try:
-            new = QLinear.replacing(site.module, scheme, transposed=site.transposed)
-        except SchemeError as error:
-            raise FileError(f"{Path(path) / INDEX}: {name}: {error}") from None
+            raise FileError(f"{index.source}: {name} cannot be {scheme}: {reason}")
+        misfit = scheme.misfit(site.n, site.k)
+        if misfit:
+            raise FileError(f"{index.source}: {name} cannot be {scheme}: {misfit}")
+        new = QLinear.replacing(site.module, scheme, transposed=site.transposed)
         new.dtype = dtype
         made |= dict.fromkeys(site.aliases, new)
     for name, module in made.items():
@@ -153,43 +142,36 @@ def build(path: str | os.PathLike[str], index: Index) -> nn.Module:
     return model
 
 
-def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of the state_dict on the CPU, each once, and the second names of those that have one."""
-    tensors: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise ModelError(f"{name} of this {type(model).__name__} is a {type(tensor).__name__}, not a tensor")
-        if tensor.is_meta:
-            raise ModelError(f"{name} has no values: it is on the meta device")
-        if id(tensor) in first:
-            shared[name] = first[id(tensor)]
-            continue
-        first[id(tensor)] = name
-        plain = tensor.detach().cpu().contiguous()
-        # A view of a larger storage would be refused by safetensors as sharing memory.
-        whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
-        tensors[name] = plain if whole else plain.clone()
-    return tensors, shared
+def _config_of(model: Any) -> Any:
+    """The config to write: the model's own, with the dtype that its weights have now."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    return config
 
 
 def _write_files(
-    made: Path, model: nn.Module, index: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any
+    made: Path, model: Any, config: Any, index: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any
 ) -> None:
-    from safetensors.torch import save_file
-
-    whole: Any = model
-    save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
-    whole.config.save_pretrained(made)
-    if getattr(whole, "generation_config", None) is not None:
-        whole.generation_config.save_pretrained(made)
+    store(tensors, made / WEIGHTS)
+    texts = {INDEX: json.dumps(index, indent=2)}
+    if getattr(model, "generation_config", None) is not None:
+        # Its save_pretrained refuses values that contradict each other, which is no reason to lose the model.
+        texts["generation_config.json"] = model.generation_config.to_json_string()
     if tokenizer is not None:
         tokenizer.save_pretrained(made)
-    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-    config |= {"architectures": [index["model"]], "quantization_config": {"quant_method": "fxquant", "format": FORMAT}}
-    for name, data in {"config.json": config, INDEX: index}.items():
-        (made / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    config.save_pretrained(made)
+    data = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    data |= {"architectures": [index["model"]], "quantization_config": {"quant_method": "fxquant", "format": FORMAT}}
+    for name, text in {**texts, "config.json": json.dumps(data, indent=2)}.items():
+        (made / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def _load_generation_config(model: Any, path: Path) -> None:
+    if (path / "generation_config.json").is_file():
+        with as_file_error(f"cannot read the generation config of {path}"):
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def _move_into_place(made: Path, target: Path) -> None:
@@ -200,54 +182,3 @@ def _move_into_place(made: Path, target: Path) -> None:
     os.replace(target, old)
     os.replace(made, target)
     shutil.rmtree(old)
-
-
-def _load(model: nn.Module, file: Path, index: Index) -> None:
-    """Put the tensors of the file into the model, after a check of all of them."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = model.state_dict(keep_vars=True)
-    try:
-        with safe_open(file, framework="pt") as stored:
-            _check_header(file, stored, model, wanted, index)
-            loaded: dict[str, Tensor] = {}
-            for name in stored.keys():  # noqa: SIM118  (not a mapping)
-                old = wanted[name]
-                tensor = stored.get_tensor(name)
-                is_parameter = isinstance(old, nn.Parameter)
-                loaded[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"cannot read {file}: {error}") from None
-    for name in wanted:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        place: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-        place[leaf] = loaded[index.shared.get(name, name)]
-
-
-def _check_header(file: Path, stored: Any, model: nn.Module, wanted: Mapping[str, Tensor], index: Index) -> None:
-    names = set(stored.keys())
-    expected = set(wanted) - set(index.shared)
-    strange = sorted(set(index.shared) - set(wanted)) + sorted(t for t in index.shared.values() if t not in names)
-    for fault, found in {
-        "lacks tensors of the model": sorted(expected - names),
-        "holds tensors that the model does not have": sorted(names - expected),
-        "and its index disagree on shared tensors": strange,
-    }.items():
-        if found:
-            raise FileError(f"{file} {fault}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''} ({len(found)})")
-    planes = {
-        f"{name}.{plane}"
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, QLinear)
-        for plane in m.plane_names
-    }
-    for name, old in wanted.items():
-        header = stored.get_slice(index.shared.get(name, name))
-        shape, dtype = tuple(header.get_shape()), _STORED.get(header.get_dtype())
-        # Planes are exact. The dtype of other floats is the file's to say: a config has one for all of them.
-        both_floats = name not in planes and {dtype, old.dtype} <= set(FLOATS.values())
-        if shape != tuple(old.shape) or not (dtype == old.dtype or both_floats):
-            raise FileError(
-                f"{file}: {name} is {header.get_dtype()} {list(shape)}; the model needs {old.dtype} {list(old.shape)}"
-            )

@@ -13,18 +13,13 @@ import torch
 from torch import nn
 
 from fxquant.errors import FileError, ModelError, SchemeError
+from fxquant.model_tensors import FLOATS
 from fxquant.modules import QLinear
 from fxquant.scheme import Scheme
 
 FORMAT = 1
 INDEX = "fxquant.json"
 _INDEX_LIMIT = 64 * 1024 * 1024
-FLOATS: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,8 @@ class Index:
     """Scheme and dtype of `.weight` of every quantized linear, by FQN."""
     shared: Mapping[str, str]
     """Names of tensors that are another tensor under a second name."""
+    source: str
+    """Where it comes from, for errors."""
 
 
 def read_index(path: str | os.PathLike[str]) -> Index:
@@ -55,23 +52,33 @@ def read_index(path: str | os.PathLike[str]) -> Index:
         raise FileError(f"{path} is not a model that fxquant wrote: {INDEX}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is not valid JSON: {error}") from None
+    return index_from(data, str(file))
+
+
+def index_from(data: Any, source: str) -> Index:
+    """The index that parsed JSON describes.
+
+    Raises:
+        FileError: it is not what a reader of this version understands.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise FileError(f"{file} has the format {found!r}; this version of fxquant reads format {FORMAT}")
-    linears, shared = _mapping(file, data, "linears"), _mapping(file, data, "shared")
+        raise FileError(f"{source} has the format {found!r}; this version of fxquant reads format {FORMAT}")
+    linears, shared = _mapping(source, data, "linears"), _mapping(source, data, "shared")
     for name, other in shared.items():
         if not isinstance(other, str):
-            raise FileError(f"{file}: shared tensor {name!r} must name another tensor, got {other!r}")
+            raise FileError(f"{source}: shared tensor {name!r} must name another tensor, got {other!r}")
     return Index(
         model=str(data.get("model", "")),
         recipe=str(data.get("recipe", "")),
-        linears={name: _entry(file, name, entry) for name, entry in linears.items()},
+        linears={name: _entry(source, name, entry) for name, entry in linears.items()},
         shared=shared,
+        source=source,
     )
 
 
 def index_of(model: nn.Module, recipe: str) -> dict[str, Any]:
-    """The content of `fxquant.json` for a model, but for its shared tensors.
+    """The content of `fxquant.json` for a model, shared tensors left out.
 
     Raises:
         ModelError: the model is not quantized, or is no class of transformers.
@@ -92,22 +99,23 @@ def index_of(model: nn.Module, recipe: str) -> dict[str, Any]:
         "format": FORMAT,
         "model": kind,
         "recipe": recipe,
+        "shared": {},
         "linears": {name: {"scheme": m.spelling, "dtype": dtypes[m.dtype]} for name, m in linears.items()},
     }
 
 
-def _mapping(file: Path, data: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _mapping(source: str, data: Mapping[str, Any], key: str) -> dict[str, Any]:
     found = data.get(key)
     if not isinstance(found, dict):
-        raise FileError(f"{file}: {key!r} must be an object, got {type(found).__name__}")
+        raise FileError(f"{source}: {key!r} must be an object, got {type(found).__name__}")
     return found
 
 
-def _entry(file: Path, name: str, entry: Any) -> tuple[Scheme, torch.dtype]:
+def _entry(source: str, name: str, entry: Any) -> tuple[Scheme, torch.dtype]:
     spelling, dtype = (entry.get("scheme"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
     if not isinstance(spelling, str) or not isinstance(dtype, str) or dtype not in FLOATS:
-        raise FileError(f"{file}: {name!r} needs a scheme and a dtype ({', '.join(FLOATS)}), got {entry!r}")
+        raise FileError(f"{source}: {name!r} needs a scheme and a dtype ({', '.join(FLOATS)}), got {entry!r}")
     try:
         return Scheme.parse(spelling), FLOATS[dtype]
     except SchemeError as error:
-        raise FileError(f"{file}: {name!r}: {error}") from None
+        raise FileError(f"{source}: {name!r}: {error}") from None

@@ -28,7 +28,7 @@ def load_config(source: str | os.PathLike[str]) -> Any:
 
     name = os.fspath(source)
     _check_source(name)
-    with _as_file_error(f"cannot read the config of {name}"):
+    with as_file_error(f"cannot read the config of {name}"):
         return transformers.AutoConfig.from_pretrained(name)
 
 
@@ -63,7 +63,7 @@ def load_model(source: str | os.PathLike[str], *, progress: bool = True) -> nn.M
     """
     name = os.fspath(source)
     kind: Any = model_class(load_config(name))
-    with _as_file_error(f"cannot load {name}"), contextlib.nullcontext() if progress else _no_progress_bars():
+    with as_file_error(f"cannot load {name}"), contextlib.nullcontext() if progress else _no_progress_bars():
         model, info = kind.from_pretrained(name, output_loading_info=True)
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
@@ -85,7 +85,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
     name = os.fspath(source)
     _check_source(name)
-    with _as_file_error(f"cannot load the tokenizer of {name}"):
+    with as_file_error(f"cannot load the tokenizer of {name}"):
         return transformers.AutoTokenizer.from_pretrained(name)
 
 
@@ -118,7 +118,7 @@ def skeleton(kind: type[nn.Module], config: Any, *, buffers: bool = True) -> nn.
     """
     build: Any = kind
     device = _WeightsOnMeta() if buffers else torch.device("meta")
-    with _as_file_error(f"the config describes no {kind.__name__} that can be built"), device:
+    with as_file_error(f"the config describes no {kind.__name__} that can be built"), device:
         model = build._from_config(config)
     assert isinstance(model, nn.Module)
     return model.eval()
@@ -164,7 +164,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_file_error(what: str) -> Iterator[None]:
+def as_file_error(what: str) -> Iterator[None]:
     """Turn whatever transformers raises into one plain paragraph."""
     try:
         yield

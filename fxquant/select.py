@@ -62,7 +62,7 @@ def select(
     entries += [_stacked_entry(recipe, weight, used) for weight in stacked]
     if graph is not None:
         known = {weight.name for weight in stacked}
-        bare = dataflow.bare_matmuls(graph)
+        bare = dataflow.bare_matmuls(graph, sites)
         entries += [_bare_entry(model, name, where) for name, where in bare.items() if name not in known]
     _refuse(decisions)
     error = unmatched(recipe, used, [site.name for site in sites])

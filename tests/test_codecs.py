@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxquant.codecs import SCALE_SEARCHES, all_finite, codec, dequantize, quantize, squared_error
+from fxquant.codecs import SCALE_SEARCHES, all_finite, codec, dequantize, quantize, squared_error, tables
 from fxquant.codecs.scales import dynamic_map
 from fxquant.errors import SchemeError
-from fxquant.scheme import DOUBLE_QUANT_BLOCK, Scheme
+from fxquant.scheme import DOUBLE_QUANT_BLOCK, ELEMENTS, Scheme
 
 SPELLINGS = [
     "int8", "int8-tensor", "int8-g32", "int8-asym", "int8-b128x128-bf16", "int8-g16-fp16-asym",
@@ -297,6 +297,14 @@ def test_results_do_not_depend_on_the_size_of_pieces(case, size):
     # they were rounded.
     assert error == pytest.approx(squared_error(weight, whole["least_squares"], scheme), rel=0.02, abs=2.0**-18)
     assert torch.equal(pieces, dequantize(planes, scheme, n, k))
+
+
+@pytest.mark.parametrize("name", [name for name, element in ELEMENTS.items() if element.kind == "table"])
+def test_no_bin_of_a_table_holds_two_bounds(name):
+    """What makes one comparison enough; a table with closer values needs more bins."""
+    values = torch.tensor(ELEMENTS[name].values).sort().values
+    bounds = (values[:-1] + values[1:]) / 2
+    assert (tables._bin(bounds, torch.empty_like(bounds)).diff() > 0).all()
 
 
 class LargestResult(TorchDispatchMode):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
 from fxquant.api import dequantize, quantize
@@ -15,9 +14,6 @@ from fxquant.listing import op_name
 from fxquant.modules import QLinear
 from fxquant.passes import COMPILE
 from fxquant.rewrite import rewrite
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import tiny_model
 
 STATIC = ["llama", "qwen3", "mistral", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox"]
 DYNAMIC = ["bloom", "falcon"]

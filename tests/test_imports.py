@@ -12,8 +12,16 @@ import fxquant
 import fxquant.passes
 
 FLOORS: list[set[str]] = [
-    {"errors"},
-    {"scheme"},
+    {"errors", "tables", "listing", "unchanged", "capture_errors", "graph_layout", "inductor"},  # ground
+    {"scheme", "bits", "patterns", "name_match", "graph_boxes", "example_inputs"},
+    {"codecs", "torchao_configs", "graph_picture", "graph_view"},  # numbers
+    {"ops", "plans", "rule", "histories"},
+    {"modules", "legality", "misfits", "presets", "progress"},
+    {"rewrite", "linears", "recipe_yaml"},
+    {"passes", "recipe", "capture", "dataflow", "install"},  # stages
+    {"compiler", "unused_rules", "reports"},
+    {"select"},
+    {"api"},
 ]
 ROOT = Path(fxquant.__file__).parent
 PASSES = Path(fxquant.passes.__file__).parent

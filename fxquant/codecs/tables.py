@@ -46,8 +46,7 @@ class Tables:
     def encode(self, t: Tensor, zero: Tensor | None) -> Tensor:
         """The nearest value, the lower one of two at the same distance: bit-identical to bitsandbytes."""
         bounds, codes, _ = self._lookups
-        t = t.clamp_(-1, 1)
-        bins = _bin(t.clone()).view(-1)
+        bins = _bin(t, torch.empty_like(t)).view(-1)
         above = t.view(-1).gt_(bounds.index_select(0, bins)).to(torch.int32)
         return codes.index_select(0, bins.mul_(2).add_(above)).view(t.shape)
 
@@ -57,7 +56,7 @@ class Tables:
 
     def project(self, t: Tensor, zero: Tensor | None, out: Tensor, spare: Tensor) -> None:
         """By bin alone: the wrong value only next to a bound, where both values are equally far."""
-        torch.index_select(self._lookups[2], 0, _bin(spare.copy_(t)).view(-1), out=out.view(-1))
+        torch.index_select(self._lookups[2], 0, _bin(t, spare).view(-1), out=out.view(-1))
 
     @functools.cached_property
     def _lookups(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +67,7 @@ class Tables:
         values = torch.tensor(self.element.values, dtype=torch.float32)
         order = torch.argsort(values, stable=True)
         bounds = (values[order][:-1] + values[order][1:]) / 2
-        bins = _bin(bounds.clone()).to(torch.int64)
+        bins = _bin(bounds, torch.empty_like(bounds)).to(torch.int64)
         bound = torch.full((_BINS,), torch.inf).index_copy_(0, bins, bounds)
         below = torch.bucketize(torch.arange(_BINS), bins)
         codes = order[torch.stack((below, below + bound.isfinite()), -1).flatten()].to(torch.uint8)
@@ -77,7 +76,8 @@ class Tables:
         return bound.to(self.device), codes.to(self.device), nearest.to(self.device)
 
 
-def _bin(t: Tensor) -> Tensor:
-    # From 1 to _BINS - 1. Each step is monotone in floating point, so that a bound and the weights on either side of it
-    # cannot change places. Writes over its argument.
-    return t.clamp_(-1, 1).mul_(_BINS / 2 - 1).add_(_BINS / 2 + _MAGIC).view(torch.int32).sub_(_MAGIC_BITS)
+def _bin(t: Tensor, out: Tensor) -> Tensor:
+    # From 1 to _BINS - 1, in the memory of `out`. Each step is monotone in floating point, so that a bound and the
+    # weights on either side of it cannot change places.
+    torch.mul(t, _BINS / 2 - 1, out=out).add_(_BINS / 2 + _MAGIC).clamp_(_MAGIC + 1, _MAGIC + _BINS - 1)
+    return out.view(torch.int32).sub_(_MAGIC_BITS)

@@ -1,0 +1,184 @@
+"""The tensors of a model as one safetensors file, and back into a model of the same structure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import FileError, ModelError
+from fxquant.modules import QLinear
+
+FLOATS: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+"""dtypes that the weights of a model can have, by name."""
+_STORED: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""dtypes by the names that safetensors headers use."""
+
+
+def collect(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What has to be stored of a model so that `fresh` can become the same.
+
+    Args:
+        model: the model.
+        fresh: the same structure without weights, as a reader will build it.
+
+    Returns:
+        Tensors on the CPU by name, each once; and the second names of those that have one. They are the tensors of the
+        state_dict, and those other buffers that differ from the ones that `fresh` computes.
+
+    Raises:
+        ModelError: a tensor has no values, or the structures differ.
+    """
+    kept = model.state_dict(keep_vars=True)
+    _check_structure(model, kept, fresh)
+    computed = dict(fresh.named_buffers(remove_duplicate=False))
+    others = {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in kept and not _equal(buffer, computed.get(name))
+    }
+    tensors: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in (kept | others).items():
+        if tensor.is_meta:
+            raise ModelError(f"{name} has no values: it is on the meta device")
+        if id(tensor) in first:
+            shared[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        plain = tensor.detach().cpu().contiguous()
+        # A view of a larger storage would be refused by safetensors as sharing memory.
+        whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
+        tensors[name] = plain if whole else plain.clone()
+    return tensors, shared
+
+
+def store(tensors: Mapping[str, Tensor], file: str | os.PathLike[str]) -> None:
+    """Write tensors to a new file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what a full disk raises
+        raise OSError(str(error)) from error
+
+
+def load(model: nn.Module, file: str | os.PathLike[str], shared: Mapping[str, str]) -> None:
+    """Put the tensors of a file into a model, after a check of all names, shapes and dtypes.
+
+    Args:
+        model: `QLinear`s in place; its tensors may be on the meta device.
+        file: what `store` wrote.
+        shared: the second names of tensors.
+
+    Raises:
+        FileError: the file cannot be read, or does not fit the model; says which tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    places = dict(model.named_buffers(remove_duplicate=False)) | model.state_dict(keep_vars=True)
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = list(stored.keys())
+            _check_names(file, set(names), model, places, shared)
+            filled = [*names, *shared]
+            for name in filled:
+                _check_tensor(file, name, stored.get_slice(shared.get(name, name)), places[name], _planes(model))
+            loaded = {name: _like(places[name], stored.get_tensor(name)) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"cannot read {os.fspath(file)}: {error}") from None
+    for name in filled:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        place: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+        place[leaf] = loaded[shared.get(name, name)]
+
+
+def _check_structure(model: nn.Module, kept: Mapping[str, Any], fresh: nn.Module) -> None:
+    kind = type(model).__name__
+    for name, tensor in kept.items():
+        if not isinstance(tensor, Tensor):
+            raise ModelError(f"{name} of this {kind} is a {type(tensor).__name__}, not a tensor")
+    wanted = {name: tuple(t.shape) for name, t in fresh.state_dict(keep_vars=True).items()}
+    found = {name: tuple(t.shape) for name, t in kept.items()}
+    different = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if different:
+        name = different[0]
+        raise ModelError(
+            f"this {kind} cannot be built again from its config: {len(different)} tensors differ, first {name}\n"
+            f"  in the model: {found.get(name, 'not there')}; built from the config: {wanted.get(name, 'not there')}"
+        )
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or a.is_meta or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.cpu(), b)
+
+
+def _check_names(
+    file: str | os.PathLike[str],
+    names: set[str],
+    model: nn.Module,
+    places: Mapping[str, Tensor],
+    shared: Mapping[str, str],
+) -> None:
+    faults = {
+        "lacks tensors of the model": set(model.state_dict(keep_vars=True)) - set(shared) - names,
+        "holds tensors that the model does not have": names - set(places),
+        "and its index disagree on shared tensors": (set(shared) - set(places)) | (set(shared.values()) - names),
+    }
+    found = [
+        f"{fault}: {', '.join(sorted(which)[:3])}{', ...' if len(which) > 3 else ''} ({len(which)})"
+        for fault, which in faults.items()
+        if which
+    ]
+    if found:
+        raise FileError(f"{os.fspath(file)} " + "\n  and ".join(found))
+
+
+def _check_tensor(file: str | os.PathLike[str], name: str, header: Any, old: Tensor, planes: set[str]) -> None:
+    shape, dtype = tuple(header.get_shape()), _STORED.get(header.get_dtype())
+    # Planes are exact. The dtype of other floats is the file's to say: a config has one for all of them.
+    both_floats = name not in planes and {dtype, old.dtype} <= set(FLOATS.values())
+    if shape != tuple(old.shape) or not (dtype == old.dtype or both_floats):
+        raise FileError(
+            f"{os.fspath(file)}: {name} is {header.get_dtype()} {list(shape)}; "
+            f"the model needs {old.dtype} {list(old.shape)}"
+        )
+
+
+def _planes(model: nn.Module) -> set[str]:
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.{plane}" for name, m in modules if isinstance(m, QLinear) for plane in m.plane_names}
+
+
+def _like(old: Tensor, tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

@@ -1,0 +1,244 @@
+"""Plan, capture and quantize a tiny random model of every causal LM configuration of transformers, and of 57 others.
+
+    python tests/benchmarks/sweep.py [types ...] [--recipe int8] [--equal] [--markdown] [--chunk 20]
+
+Types run in chunks, each in an interpreter of its own, so that one crash does not end the sweep. The error is the
+relative distance between the model's first output (logits) before and after `quantize`, in float32. With `--equal` the
+captured graph's outputs are compared with the model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch.utils import _pytree as pytree
+
+from fxquant import dataflow, plan, quantize
+from fxquant.capture import capture
+from fxquant.errors import CaptureError
+from fxquant.example_inputs import example_inputs
+from fxquant.linears import find_linears, find_stacked
+
+LONGEST = 240  # characters of a reason
+COLUMNS = (
+    "model",
+    "result",
+    "linears",
+    "called",
+    "stacked",
+    "bare",
+    "quantized",
+    "accounted",
+    "error",
+    "kept",
+    "seconds",
+)
+LARGEST = 0.03
+"""The relative error of int8 that needs no explanation."""
+
+
+def _tiny_models() -> Any:
+    path = Path(__file__).parents[1] / "tiny_models.py"
+    spec = importlib.util.spec_from_file_location("tiny_models", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(kind: str, auto_class: str, compare: bool, recipe: str) -> dict[str, Any]:
+    """One row: what became of one configuration."""
+    start = time.perf_counter()
+    row = _captured(kind, auto_class, compare)
+    model = row.pop("module", None)
+    if model is not None:
+        try:
+            row |= _quantized(model, row.pop("call", None), recipe)
+        except Exception as error:
+            row["result"] += f"; not quantized: {type(error).__name__}: {error}"
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _quantized(model: torch.nn.Module, call: Any, recipe: str) -> dict[str, Any]:
+    """Plan and quantize; what the plan accounts for is counted here anew, from the modules' own parameters."""
+    planned = plan(model, recipe)
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"}
+    stacks = {n for n, p in model.named_parameters() if p.ndim > 2 and ".experts" in f".{n}"}
+    names = {name for entry in planned.entries for name in (entry.name, *entry.aliases)}
+    kept = {e.reason for e in planned.kept if e.kind == "linear"}
+    args, kwargs = call if call is not None else ((), example_inputs(model))
+    try:
+        before = _first_output(model, args, kwargs)
+    except Exception as error:  # sizes that the rules for tiny configurations got wrong
+        return {"result": f"not built: its forward fails at this size: {error}"}
+    quantize(model, recipe, progress=False)
+    after = _first_output(model, args, kwargs)
+    return {
+        "quantized": len(planned.quantized),
+        "accounted": f"{len((linears | stacks) & names) / max(len(linears | stacks), 1):.0%}",
+        "error": float((after - before).norm() / before.norm()),
+        "kept": "; ".join(sorted(kept)),
+    }
+
+
+def _first_output(model: torch.nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return next(t for t in _tensors(model(*args, **kwargs)) if t.is_floating_point()).double()
+
+
+def _captured(kind: str, auto_class: str, compare: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": kind if auto_class == "AutoModelForCausalLM" else f"{kind} ({auto_class})"}
+    try:
+        model = _tiny_models().tiny_model(kind, auto_class)
+    except Exception as error:
+        return row | {"result": f"not built: {type(error).__name__}: {error}"}
+    sites = find_linears(model)
+    row |= {"linears": len(sites), "stacked": len(find_stacked(model)), "result": "captured", "module": model}
+    try:
+        gm = capture(model)
+    except CaptureError as error:
+        return row | {"result": f"not captured: {error}"}
+    row["call"] = gm.meta["example_inputs"]
+    row["called"] = len(sites) - len(dataflow.uncalled(gm, sites))
+    row["bare"] = len(dataflow.bare_matmuls(gm, sites))
+    return row | {"result": _compared(model, gm)} if compare else row
+
+
+def _compared(model: torch.nn.Module, gm: torch.fx.GraphModule) -> str:
+    args, kwargs = gm.meta["example_inputs"]
+    with torch.no_grad():
+        wanted, got = _tensors(model(*args, **kwargs)), _tensors(gm(*args, **kwargs))
+    if len(wanted) < len(got) or any(a.shape != b.shape for a, b in zip(wanted, got, strict=False)):
+        return "captured, other outputs"
+    if all(torch.equal(a, b) for a, b in zip(wanted, got, strict=False)):
+        return "captured, equal"
+    worst = max(float((a.double() - b.double()).abs().max()) for a, b in zip(wanted, got, strict=False))
+    return f"captured, off by {worst:.1e}"
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    # Caches are no part of the graph's outputs, and come last.
+    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
+    return [value for value in leaves if isinstance(value, torch.Tensor)]
+
+
+def worker(models: list[tuple[str, str]], compare: bool, recipe: str) -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    for kind, auto_class in models:
+        print(json.dumps(measure(kind, auto_class, compare, recipe)), flush=True)
+
+
+def sweep(models: list[tuple[str, str]], chunk: int, compare: bool, recipe: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i in range(0, len(models), chunk):
+        part = models[i : i + chunk]
+        while part:
+            command = [sys.executable, __file__, "--worker", json.dumps(part), "--recipe", recipe]
+            command += ["--equal"] if compare else []
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            if len(found) < len(part):
+                found.append({"model": part[len(found)][0], "result": f"crashed: exit status {done.returncode}"})
+            rows += found
+            part = part[len(found) :]
+            print(f"{len(rows)} of {len(models)}", file=sys.stderr, flush=True)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(*COLUMNS, title="Tiny random models")
+    for row in rows:
+        shown = row | ({"error": f"{row['error']:.2%}"} if "error" in row else {})
+        table.add_row(*(escape(" ".join(str(shown.get(column, "")).split())[:LONGEST]) for column in COLUMNS))
+    console = Console(width=220)
+    console.print(table)
+    for line in summary(rows):
+        console.print(": ".join(line))
+
+
+def summary(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the sweep shows, as pairs of a question and its answer."""
+    built = [row for row in rows if not str(row["result"]).startswith("not built")]
+    dense = [row for row in built if not row.get("stacked")]
+    stacked = [row for row in built if row.get("stacked")]
+    done = [row for row in built if "error" in row]
+    exact = [row for row in done if row["error"] <= LARGEST]
+
+    def share(part: list[Any], whole: list[Any]) -> str:
+        return f"{len(part)} of {len(whole)} ({len(part) / max(len(whole), 1):.1%})"
+
+    def captured(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in part if str(row["result"]).startswith("captured")]
+
+    def named(part: list[dict[str, Any]], field: str) -> str:
+        return "; ".join(f"{row['model']} ({_short(row, field)})" for row in part) or "none"
+
+    return [
+        ("configurations that transformers builds at this size", share(built, rows)),
+        (
+            "every linear weight and expert stack in the plan",
+            share([r for r in done if r["accounted"] == "100%"], done),
+        ),
+        ("dense models captured as one graph", share(captured(dense), dense)),
+        ("mixture-of-experts models captured as one graph", share(captured(stacked), stacked)),
+        ("quantized", share(done, built)),
+        (f"relative error of the logits at most {LARGEST:.0%}", share(exact, done)),
+        ("above that", named([row for row in done if row not in exact], "error")),
+        ("not captured", named([row for row in built if row not in captured(built)], "result")),
+        ("not built", named([row for row in rows if row not in built], "result")),
+    ]
+
+
+def _short(row: dict[str, Any], field: str) -> str:
+    value = row[field]
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return " ".join(str(value).split()).removeprefix("not captured: ").removeprefix("not built: ")[:90]
+
+
+def markdown(rows: list[dict[str, Any]], recipe: str) -> str:
+    lines = [f"| tiny random models, `{recipe}` | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {question} | {answer} |" for question, answer in summary(rows))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types, or type:AutoClass; default: all")
+    parser.add_argument("--equal", action="store_true", help="compare the graph's outputs with the model's")
+    parser.add_argument("--chunk", type=int, default=20, help="models per interpreter")
+    parser.add_argument("--recipe", default="int8", help="what to quantize to")
+    parser.add_argument("--markdown", action="store_true", help="print the summary as the README shows it")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(json.loads(arguments.worker), arguments.equal, arguments.recipe)
+        return
+    tiny = _tiny_models()
+    known = [*((kind, "AutoModelForCausalLM") for kind in tiny.causal_lm_types()), *tiny.OTHER_MODELS]
+    named = [(t.partition(":")[0], t.partition(":")[2] or "AutoModelForCausalLM") for t in arguments.types]
+    rows = sweep(named or known, arguments.chunk, arguments.equal, arguments.recipe)
+    show(rows)
+    if arguments.markdown:
+        print(markdown(rows, arguments.recipe))
+
+
+if __name__ == "__main__":
+    main()
