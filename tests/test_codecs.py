@@ -408,10 +408,10 @@ def test_squared_error_is_the_error(case):
     scheme = Scheme.parse(spelling)
     planes = quantize(weight, scheme, search)
     w = weight.double()
-    error = (w - reference(planes, scheme, *weight.shape)).square().sum()
+    error = (w - reference(planes, scheme, *weight.shape).float()).square().sum()
     norm = w.square().sum()
     expected = (error / norm).item() if norm else 0.0
-    assert squared_error(weight, planes, scheme) == pytest.approx(expected, rel=1e-5, abs=1e-13)
+    assert squared_error(weight, planes, scheme) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -39,7 +39,7 @@ class Search:
 
         Each scale of a grid gives codes q, and these have a best scale in closed form: `s = sum(w q) / sum(q^2)`, with
         an error of `sum(w^2) - sum(w q)^2 / sum(q^2)`. The best candidate is rounded and fitted once more, with the
-        neighbouring zeros if there are zeros. For int4 and normal weights that is within 0.3 % of the least error there is.
+        neighbouring zeros if there are zeros. For int4 and normal weights, 0.3 % above the least error there is.
         """
         low, high = _range(batch)
         unit, zero = self.family.unit(low, high)
