@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxquant import capture as _capture
@@ -106,7 +107,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ModelError: when nothing in the model is quantized.
     """
-    return reports.report(model)
+    return reports.report(getattr(model, "_orig_mod", model))  # what torch.compile wraps
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -118,8 +119,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: when nothing in the model is quantized.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(_not_a_model(model))
+    _check_model(model)
     if not uninstall(model):
         raise ModelError(f"nothing in this {type(model).__name__} is quantized by fxquant")
     return model
@@ -128,8 +128,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 def _plan(
     model: nn.Module, recipe: Any, example_inputs: Any, exclude: Sequence[str]
 ) -> tuple[fx.GraphModule | None, Plan]:
-    if not isinstance(model, nn.Module):
-        raise ModelError(_not_a_model(model))
+    _check_model(model)
     resolved = Recipe.resolve(recipe)
     if exclude:
         resolved = resolved.excluding(exclude)
@@ -155,8 +154,19 @@ def _refuse_quantized(model: nn.Module) -> None:
         )
 
 
-def _not_a_model(thing: object) -> str:
-    return (
-        f"a model is needed, a torch.nn.Module; got {type(thing).__name__}\n"
-        "  for a checkpoint, load it first: AutoModelForCausalLM.from_pretrained(path)"
-    )
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"a model is needed, a torch.nn.Module; got {type(model).__name__}\n"
+            "  for a checkpoint, load it first: AutoModelForCausalLM.from_pretrained(path)"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise ModelError(
+            "this model is compiled: torch.compile(model) has wrapped it\n"
+            "  quantize first, then compile: model = quantize(model, recipe); compiled = torch.compile(model)"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ModelError(
+            f"this {type(model).__name__} is or holds a TorchScript module, whose parts cannot be replaced\n"
+            "  quantize the Python module that it was scripted from"
+        )

@@ -83,16 +83,8 @@ def run_demo(
         FxquantError: a file or a recipe is not as it should be.
     """
     source = model_path or str(demo_data() / "code-dense")
-    text_file = Path(text_path) if text_path else demo_data() / "heldout.txt"
-    text = read_text(text_file)
-    with console.status(f"loading {source}"):
-        model, tokenizer = load_model(source, progress=False), load_tokenizer(source)
-        ids = load_tokens(tokenizer, text)
-    cut_windows(ids, WINDOW, windows)  # so that a text too short is refused before the work
-    size = sum(p.numel() for p in model.parameters())
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    _fact(console, "model", f"{type(model).__name__}, {size / 1e6:.3g} M parameters, {dtype}, from {source}")
-    _fact(console, "text", f"{len(ids):,} tokens of {text_file.name}, {windows} windows of {WINDOW} are used")
+    text = Path(text_path) if text_path else demo_data() / "heldout.txt"
+    model, tokenizer, ids = _load(console, source, text, windows)
     console.print()
     plan(model, recipe).table().show(console)
     with console.status("perplexity in full precision"):
@@ -105,6 +97,20 @@ def run_demo(
     _print_sizes(console, made, before, after, seconds)
     same, written = _generate(console, model, tokenizer, tokens, compiled)
     return DemoResult(made, before, after, written, same)
+
+
+def _load(console: Console, source: str, text: Path, windows: int) -> tuple[nn.Module, Any, Tensor]:
+    """Model, tokenizer and the tokens of the text."""
+    content = read_text(text)
+    with console.status(f"loading {source}"):
+        model, tokenizer = load_model(source, progress=False), load_tokenizer(source)
+        ids = load_tokens(tokenizer, content)
+    cut_windows(ids, WINDOW, windows)  # so that a text too short is refused before the work
+    size = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _fact(console, "model", f"{type(model).__name__}, {size / 1e6:.3g} M parameters, {dtype}, from {source}")
+    _fact(console, "text", f"{len(ids):,} tokens of {text.name}, {windows} windows of {WINDOW} are used")
+    return model, tokenizer, ids
 
 
 def read_text(path: Path) -> str:

@@ -29,6 +29,7 @@ class Record:
 
 def record_of(model: nn.Module) -> Record | None:
     """What `quantize` left on the model, or None."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     found = model.__dict__.get(_RECORD)
     return found if isinstance(found, Record) else None
 

@@ -148,7 +148,7 @@ class QLinear(nn.Linear):
             return moved if id(tensor) not in planes or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         probe = torch.empty(0, dtype=self.dtype, device=getattr(self, self.plane_names[0]).device)
-        super()._apply(keep_dtype, recurse)
+        nn.Module._apply(self, keep_dtype, recurse)
         self.dtype = fn(probe).dtype
         return self
 

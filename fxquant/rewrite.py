@@ -113,7 +113,7 @@ class Editor:
         return self._with_value(node, _infer(node, target, args, kwargs))
 
     def call_with_value(self, fake: Any, target: Any, *args: Any) -> fx.Node:
-        """`call` where the caller knows the value's shape and dtype, and the surroundings (autocast) could change it."""
+        """`call` where the caller knows shape and dtype, and what surrounds the call (autocast) could change them."""
         return self._with_value(self.gm.graph.call_function(target, args), fake)
 
     def attr(self, target: str) -> fx.Node:

@@ -60,6 +60,12 @@ class Element:
     """Values of a table element, by code."""
     dtype: torch.dtype | None = None
     """The torch dtype that stores one code; None: codes are bit-packed along K into uint8."""
+    float_dtype: torch.dtype | None = None
+    """The float whose bit patterns the codes of a float element are.
+
+    They are stored as uint8 all the same: torch converts float8 tensors in `model.half()`, cannot index them on a CPU
+    and cannot broadcast them over gloo, as DistributedDataParallel does with buffers.
+    """
 
     @property
     def high(self) -> int:
@@ -73,8 +79,8 @@ class Element:
             return float(self.high)
         if self.kind == "table":
             return max(abs(v) for v in self.values)
-        assert self.dtype is not None
-        return torch.finfo(self.dtype).max
+        assert self.float_dtype is not None
+        return torch.finfo(self.float_dtype).max
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ ELEMENTS: Mapping[str, Element] = MappingProxyType(
         **_integers({"int8": torch.int8, "int4": None, "uint4": None}),
         "nf4": Element(4, "table", values=NF4),
         "fp4": Element(4, "table", values=FP4),
-        "fp8": Element(8, "float", dtype=torch.float8_e4m3fn),
+        "fp8": Element(8, "float", dtype=torch.uint8, float_dtype=torch.float8_e4m3fn),
     }
 )
 DEFAULT_BLOCK: Mapping[str, Block] = MappingProxyType(

@@ -90,7 +90,7 @@ def values_of(planes: dict[str, Tensor], scheme: Scheme, n: int, k: int) -> Tens
         case "table":
             return torch.tensor(scheme.spec.values).double()[bits_of(planes["codes"], 4, k)]
         case "float":
-            return planes["codes"].double()
+            return planes["codes"].view(torch.float8_e4m3fn).double()
     values = integers_of(planes["codes"], scheme, n, k).double()
     if scheme.zero == "none":
         return values
@@ -257,6 +257,12 @@ def test_heavy_tails_of_large_blocks_are_clipped():
     assert errors[1] < 0.2
 
 
+def test_zero_points_are_searched_too():
+    """With the zero point of absmax and the best scale the error is 0.248 %, with both of absmax 0.318 %."""
+    weight, scheme = gaussian(256, 1024) + 2, Scheme.parse("uint4-row")
+    assert squared_error(weight, quantize(weight, scheme), scheme) * 100 <= 0.24
+
+
 def test_negative_scales_serve_the_larger_tail():
     """-8 is a code and 8 is not: a block with one large positive weight wants the other sign."""
     weight = torch.full((2, 32), 0.125)
@@ -279,8 +285,8 @@ def test_powers_of_two_move_into_the_scales(spelling, search, seed, power):
     assert torch.equal(scales_of(planes, scheme) * 2.0**power, scales_of(scaled, scheme))
 
 
-@settings(deadline=None, max_examples=100)
-@given(cases, st.sampled_from([1, 8, 50, 1000]))
+@settings(deadline=None, max_examples=60)
+@given(cases, st.sampled_from([8, 50, 1000]))
 def test_results_do_not_depend_on_the_size_of_pieces(case, size):
     spelling, weight, _ = case
     scheme = Scheme.parse(spelling)

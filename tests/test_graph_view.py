@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -11,58 +10,21 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import FileError
-from fxquant.graph_boxes import Boxes, first_block, inside, to_boxes
-from fxquant.graph_layout import _isotonic, layered
+from fxquant.graph_boxes import inside, to_boxes
 from fxquant.graph_picture import Picture, draw
 from fxquant.graph_view import diff, listing_text
 from fxquant.histories import Fired, History, Miss, Step
-from fxquant.listing import Listing, NodeRecord
+from fxquant.listing import Listing
 
 sys.path.insert(0, str(Path(__file__).parent))
+from listings import graphs, llama_like, node
 from tiny_models import tiny_model
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def node(name: str, inputs: tuple[str, ...] = (), path: str = "", op: str = "call_function", **more: str) -> NodeRecord:
-    values = {"target": "add", "kind": "", "args": ", ".join(inputs), "dtype": "f32", **more}
-    return NodeRecord(name=name, op=op, inputs=inputs, shape=("2", "3"), path=path, **values)
-
-
-def llama_like(layers: int) -> Listing:
-    """A listing as capture gives it: per layer a norm of three ops, two linears on it, a product, a sum."""
-    records, last = [node("tokens", op="placeholder", target="tokens")], "tokens"
-    for i in range(layers):
-        p = f"model.layers.{i}"
-        names = {key: f"{key}_{i}" for key in ("pow", "rsqrt", "mul", "gate", "up", "silu", "prod", "down", "sum")}
-        records += [
-            node(names["pow"], (last,), f"{p}.norm", target="pow"),
-            node(names["rsqrt"], (names["pow"],), f"{p}.norm", target="rsqrt"),
-            node(names["mul"], (last, names["rsqrt"]), f"{p}.norm", target="mul"),
-            *(
-                node(
-                    names[key], (names["mul"],), f"{p}.mlp.{key}", "call_module", target=f"{p}.mlp.{key}", kind="Linear"
-                )
-                for key in ("gate", "up")
-            ),
-            node(names["silu"], (names["gate"],), f"{p}.mlp", target="silu"),
-            node(names["prod"], (names["silu"], names["up"]), f"{p}.mlp", target="mul"),
-            node(
-                names["down"], (names["prod"],), f"{p}.mlp.down", "call_module", target=f"{p}.mlp.down", kind="Linear"
-            ),
-            node(names["sum"], (last, names["down"]), p, target="add"),
-        ]
-        last = names["sum"]
-    return (*records, node("output", (last,), op="output"))
-
-
-def titles(boxes: Boxes) -> list[str]:
-    return [box.title for box in boxes.boxes]
 
 
 @pytest.fixture(scope="module")
@@ -70,141 +32,6 @@ def history() -> History:
     model = tiny_model("llama")
     fxquant.quantize(model, "int8", exclude=["*.1.mlp.down_proj"], progress=False)
     return fxquant.history(model)
-
-
-def test_a_block_is_folded_into_linears_and_what_lies_between_them() -> None:
-    found = to_boxes(llama_like(3), "model.layers.1")
-    assert titles(found) == ["norm", "gate", "up", "mlp", "down", "add", "layers.0", "layers.2"]
-    kinds = [box.kind for box in found.boxes]
-    assert kinds == ["op", "linear", "linear", "op", "linear", "op", "input", "output"]
-    assert found.boxes[0].nodes == ("pow_1", "rsqrt_1", "mul_1")
-    assert found.boxes[0].detail == ("pow, rsqrt, mul", "f32[2, 3]")
-    wanted = {(0, 1), (0, 2), (1, 3), (2, 3), (3, 4), (4, 5), (6, 0), (6, 5), (5, 7)}
-    assert set(found.edges) == wanted
-
-
-def test_the_first_of_the_repeated_blocks_is_the_region() -> None:
-    assert first_block(llama_like(3)) == "model.layers.0"
-    assert first_block(llama_like(40)[9:]) == "model.layers.1"
-    assert first_block(llama_like(1)) == ""
-    assert first_block(()) == ""
-    experts = tuple(
-        node(f"e{i}{j}", path=f"h.{i}.experts.{j}.up", op="call_module", kind="Linear")
-        for i, j in itertools.product(range(2), range(5))
-    )
-    assert first_block(experts) == "h.0"
-
-
-def test_a_region_is_a_module_and_what_is_below_it() -> None:
-    record = node("x", path="model.layers.1.mlp")
-    assert inside(record, "model.layers.1")
-    assert inside(record, "")
-    assert not inside(record, "model.layers.1.mlp.up")
-    assert not inside(node("x", path="model.layers.10"), "model.layers.1")
-
-
-@st.composite
-def graphs(draw_value: st.DrawFn) -> Listing:
-    """Random graphs whose nodes run in a few modules, some of them linears."""
-    records: list[NodeRecord] = []
-    for i in range(draw_value(st.integers(0, 25))):
-        known = [r.name for r in records]
-        inputs = tuple(draw_value(st.lists(st.sampled_from(known), max_size=3, unique=True))) if known else ()
-        kind = draw_value(
-            st.sampled_from(["op", "op", "op", "linear", "quantized", "getitem", "placeholder", "weight"])
-        )
-        path = draw_value(st.sampled_from(["", "m", "m.0", "m.0.a", "m.0.b", "m.1"]))
-        match kind:
-            case "linear":
-                records.append(node(f"n{i}", inputs[:1], path, "call_module", target="m.0.lin", kind="Linear"))
-            case "quantized":
-                records.append(node(f"n{i}", inputs, path, target="fxquant.linear", args="x, 'int4'"))
-            case "placeholder":
-                records.append(node(f"n{i}", (), path, "placeholder"))
-            case "weight":
-                records.append(node(f"n{i}", (), path, "get_attr", target=f"m.0.w{i}.codes"))
-            case _:
-                records.append(node(f"n{i}", inputs, path, target="getitem" if kind == "getitem" else "add"))
-    return (*records, node("output", tuple(r.name for r in records[-1:]), op="output"))
-
-
-@settings(max_examples=200, deadline=None)
-@given(graphs(), st.sampled_from(["", "m", "m.0", "m.0.a"]))
-def test_boxes_hold_each_node_once_keep_every_edge_and_make_no_cycle(graph: Listing, region: str) -> None:
-    found = to_boxes(graph, region)
-    own = [r for r in graph if r.op not in ("get_attr", "placeholder", "output") and inside(r, region)]
-    boxed = [name for box in found.boxes if box.kind not in ("input", "output") for name in box.nodes]
-    assert sorted(boxed) == sorted(r.name for r in own)
-    home = {name: i for i, box in enumerate(found.boxes) if box.kind not in ("input", "output") for name in box.nodes}
-    for record in own:
-        for name in record.inputs:
-            if name in home and home[name] != home[record.name]:
-                assert (home[name], home[record.name]) in found.edges
-    assert len(_topological(len(found.boxes), found.edges)) == len(found.boxes)
-    for box in found.boxes:
-        if box.kind in ("linear", "quantized"):
-            assert len(box.nodes) == 1
-    assert ElementTree.fromstring(draw(graph, region)).tag == f"{SVG}svg"
-
-
-def _topological(count: int, edges: tuple[tuple[int, int], ...]) -> list[int]:
-    """The vertices that can be ordered: all of them where there is no cycle."""
-    done: list[int] = []
-    while True:
-        ready = [i for i in range(count) if i not in done and all(a in done for a, b in edges if b == i)]
-        if not ready:
-            return done
-        done += ready
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_layout_overlaps_nothing_and_every_arrow_goes_down(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 14))
-    size = st.tuples(st.floats(10, 200), st.floats(10, 60))
-    sizes = data.draw(st.lists(size, min_size=count, max_size=count))
-    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
-    edges = data.draw(st.lists(st.sampled_from(pairs), max_size=20)) if pairs else []
-    layout = layered(sizes, edges, gap=10, rise=20)
-    rects = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for (x, y), (w, h) in zip(layout.centres, sizes, strict=True)]
-    for a, b in itertools.combinations(rects, 2):
-        assert a[2] <= b[0] + 1e-6 or b[2] <= a[0] + 1e-6 or a[3] <= b[1] + 1e-6 or b[3] <= a[1] + 1e-6
-    for left, top, right, bottom in rects:
-        assert left >= -1e-6
-        assert top >= -1e-6
-        assert right <= layout.width + 1e-6
-        assert bottom <= layout.height + 1e-6
-    assert set(layout.routes) == set(edges)
-    for (a, b), points in layout.routes.items():
-        assert points[0] == pytest.approx((layout.centres[a][0], rects[a][3]))
-        assert points[-1] == pytest.approx((layout.centres[b][0], rects[b][1]))
-        heights = [y for _, y in points]
-        assert heights == sorted(heights)
-        for (x, y), rect in itertools.product(points[1:-1], rects):
-            assert not (rect[0] < x < rect[2] and rect[1] < y < rect[3]), "a line runs through a box"
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0.05, 5)), min_size=1, max_size=8))
-def test_isotonic_regression_finds_the_optimum(pairs: list[tuple[float, float]]) -> None:
-    """The optimum is constant on consecutive blocks, each at its weighted mean: try all ways to cut."""
-    values, weights = zip(*pairs, strict=True)
-
-    def loss(fit: list[float]) -> float:
-        return sum(w * (v - f) ** 2 for v, w, f in zip(values, weights, fit, strict=True))
-
-    best = float("inf")
-    for cuts in itertools.product((False, True), repeat=len(values) - 1):
-        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(values)]
-        fit: list[float] = []
-        for a, b in itertools.pairwise(edges):
-            mean = sum(v * w for v, w in pairs[a:b]) / sum(weights[a:b])
-            fit += [mean] * (b - a)
-        if fit == sorted(fit):
-            best = min(best, loss(fit))
-    found = _isotonic(values, weights)
-    assert found == sorted(found)
-    assert loss(found) == pytest.approx(best, rel=1e-6, abs=1e-6)
 
 
 def test_merged_siblings_show_as_one_box_and_a_split(history: History) -> None:

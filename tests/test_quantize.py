@@ -169,6 +169,12 @@ def test_training_flags_hooks_and_deepcopy_survive() -> None:
     assert str(history(other)) == str(history(model))
 
 
+def test_history_and_report_see_through_compilation() -> None:
+    model = quantize(Net(), "int8", **INPUTS)
+    assert str(history(torch.compile(model))) == str(history(model))
+    assert fxquant.report(torch.compile(model)).to_dict() == fxquant.report(model).to_dict()
+
+
 def test_history_tells_what_fired() -> None:
     text = str(history(quantize(Net(), "int8", **INPUTS)))
     assert "LinearToQuantized(): fired 2 times" in text
@@ -218,6 +224,8 @@ BAD: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "group does not divide K": (Net, [Rule("*", "int4-g64")], r"second.*K=100 is not a multiple of the group 64"),
     "quantized already": (quantized_net, "int8", r"quantized already: 2 linears.*dequantize"),
     "no model": (lambda: {"weight": torch.ones(2)}, "int8", r"a model is needed.*got dict"),
+    "compiled": (lambda: torch.compile(Net()), "int8", r"compiled.*quantize first"),
+    "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4))), "int8", r"TorchScript"),
     "no linears": (lambda: nn.Sequential(nn.ReLU()), "int8", r"holds no linear"),
     "a linear alone": (lambda: nn.Linear(4, 4), "int8", r"the model itself"),
     "inf in a weight": (lambda: broken_weight(float("inf")), "int8", r"second"),

@@ -52,7 +52,7 @@ def test_torchao_stores_what_the_scheme_says(config: Any, spelling: str) -> None
     if getattr(config, "scale_dtype", True) is not None:
         assert stored.scale.dtype == planes["scales"].dtype
     if scheme.spec.dtype is not None:
-        assert stored.qdata.dtype == planes["codes"].dtype
+        assert stored.qdata.dtype == (scheme.spec.float_dtype or planes["codes"].dtype)
     low, high = stored.qdata.float().min(), stored.qdata.float().max()
     if scheme.spec.kind == "int":
         assert scheme.spec.low <= low

@@ -249,7 +249,8 @@ def squared_error(weight: Tensor, planes: Mapping[str, Tensor], scheme: Scheme) 
     for area in areas(n, k, budget(weight.device)):
         r0, r1, c0, c1 = area
         w = weight[r0:r1, c0:c1].to(torch.float64)
-        sums += torch.stack((w - _decoded(planes["codes"], grid, n, k, area), w)).flatten(1).square().sum(1)
+        difference = w - _decoded(planes["codes"], grid, n, k, area)
+        sums += torch.stack([torch.linalg.vector_norm(x) for x in (difference, w)]).square_()
     error, norm = sums.tolist()
     return error / norm if norm else 0.0
 

@@ -39,12 +39,12 @@ class Floats:
 
     def encode(self, t: Tensor, zero: Tensor | None) -> Tensor:
         """Torch's own cast; without the clamp, what rounds to more than the largest value would become nan."""
-        assert self.element.dtype is not None
-        return t.clamp_(-self.extent, self.extent).to(self.element.dtype)
+        assert self.element.float_dtype is not None
+        return t.clamp_(-self.extent, self.extent).to(self.element.float_dtype).view(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The values of the floats; by look-up, which on a CPU is several times as fast as the cast."""
-        return look_up(codes.contiguous().view(torch.uint8), self._values)
+        return look_up(codes, self._values)
 
     def project(self, t: Tensor, zero: Tensor | None, out: Tensor, spare: Tensor) -> None:
         """There and back."""
@@ -52,6 +52,6 @@ class Floats:
 
     @functools.cached_property
     def _values(self) -> Tensor:
-        assert self.element.dtype is not None
+        assert self.element.float_dtype is not None
         codes = torch.arange(1 << self.element.bits, dtype=torch.uint8, device=self.device)
-        return codes.view(self.element.dtype).to(torch.float32)
+        return codes.view(self.element.float_dtype).to(torch.float32)

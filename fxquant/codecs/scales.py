@@ -52,10 +52,8 @@ def plain(scheme: Scheme, floor: float) -> Plain:
     element, dtype = scheme.spec, SCALE_DTYPES[scheme.scale]
     span = 1 << element.bits if element.kind == "int" else 1 << math.ceil(math.log2(element.bound))
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max / span if span > 1 else math.inf)
-    if floor:
-        smallest = torch.finfo(dtype)
-        floor = max(floor, smallest.smallest_normal * smallest.eps if dtype == torch.float16 else 0.0)
-    return Plain(dtype, floor, limit)
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return Plain(dtype, max(floor, subnormal) if floor else 0.0, limit)
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,11 @@ def double(scales: Tensor) -> Double:
     return Double(torch.cat(tops), offset)
 
 
-def scale_format(scheme: Scheme, planes: Mapping[str, Tensor], floor: float = 0.0) -> ScaleFormat:
+def scale_format(scheme: Scheme, planes: Mapping[str, Tensor]) -> ScaleFormat:
     """How the scales of existing planes are stored."""
     if scheme.double:
         return Double(planes["scale_scales"], planes["scale_offset"])
-    return plain(scheme, floor)
+    return plain(scheme, floor=0.0)
 
 
 def dynamic_map() -> Tensor:

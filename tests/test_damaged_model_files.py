@@ -1,0 +1,141 @@
+"""Directories that are not what they should be: each an error that says where, never a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fxquant
+from fxquant.errors import FileError, FxquantError
+from fxquant.model_files import WEIGHTS, read_model, write_model
+from fxquant.model_index import INDEX
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "model"
+    write_model(fxquant.quantize(tiny_model("llama"), "int8", progress=False), path)
+    return path
+
+
+@pytest.fixture
+def written(source: Path, tmp_path: Path) -> Path:
+    """A model of its own for each test, to be damaged."""
+    shutil.copytree(source, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_index(path: Path, **changes: Any) -> None:
+    data = json.loads((path / INDEX).read_text())
+    (path / INDEX).write_text(json.dumps(data | changes))
+
+
+def first_linear(path: Path, **changes: Any) -> dict[str, Any]:
+    linears: dict[str, Any] = json.loads((path / INDEX).read_text())["linears"]
+    name = next(iter(linears))
+    linears[name] = {**linears[name], **changes}
+    return linears
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p / INDEX).write_text("{"), "is not valid JSON"),
+        (lambda p: (p / INDEX).write_bytes(b"\xff\xfe"), "is not valid JSON"),
+        (lambda p: (p / INDEX).write_text("[" * 100_000), "is not valid JSON"),
+        (lambda p: (p / INDEX).write_text("[]"), "has the format 'list'"),
+        (lambda p: (p / INDEX).unlink(), "is not a model that fxquant wrote"),
+        (lambda p: change_index(p, format=2), "has the format 2; this version of fxquant reads format 1"),
+        (lambda p: change_index(p, linears=[]), "'linears' must be an object, got list"),
+        (lambda p: change_index(p, shared={"a": 3}), "must name another tensor, got 3"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme="int9")), "unknown scheme 'int9'"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme=4)), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears=first_linear(p, dtype="int8")), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears=first_linear(p, dtype=["float32"])), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears={"model.layers.0.self_attn.qproj": ENTRY}), "did you mean"),
+        (lambda p: change_index(p, linears={"model.embed_tokens": ENTRY}), "has no linear of this name"),
+        (lambda p: change_index(p, linears={"": ENTRY}), "has no linear of this name"),
+        (lambda p: change_index(p, linears={}), "holds tensors that the model does not have"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme="nf4")), "lacks tensors|the model needs"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme="int8-g7")), "cannot|not a multiple|the model needs"),
+        (lambda p: change_index(p, shared={"model.norm.weight": "nowhere"}), "disagree on shared tensors: nowhere"),
+        (lambda p: change_index(p, shared={"nowhere": "model.norm.weight"}), "disagree on shared tensors: nowhere"),
+        (lambda p: change_index(p, model="Nonsense"), "the model class 'Nonsense'"),
+        (lambda p: change_index(p, model="os"), "the model class 'os'"),
+        (lambda p: change_index(p, model="__class__"), "the model class '__class__'"),
+        (lambda p: change_index(p, model="AutoModel"), "the model class 'AutoModel'"),
+        (lambda p: change_index(p, model="GPT2LMHeadModel"), "describes no GPT2LMHeadModel|cannot be int8"),
+        (lambda p: (p / "config.json").write_text("{"), "cannot read the config"),
+        (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+        (lambda p: change_config(p, num_hidden_layers=1), "the model has no linear of this name"),
+        (lambda p: change_config(p, intermediate_size=10**7), "the model needs"),
+        (lambda p: (p / WEIGHTS).unlink(), "cannot read"),
+        (lambda p: (p / WEIGHTS).write_bytes(b"\xff" * 64), "cannot read"),
+        (lambda p: (p / WEIGHTS).write_bytes(b""), "cannot read"),
+        (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-5]), "cannot read"),
+        (lambda p: change_tensor(p, lambda t: t[:-1]), "the model needs"),
+        (lambda p: change_tensor(p, lambda t: t.to(torch.uint8)), "the model needs"),
+        (lambda p: change_tensor(p, lambda t: t.float()), "the model needs"),
+        (lambda p: change_tensor(p, lambda t: None), "lacks tensors of the model"),
+        (lambda p: change_tensor(p, lambda t: t, "model.layers.9.codes"), "holds tensors that the model does not have"),
+    ],
+)
+def test_files_that_lie_are_refused(change: Callable[[Path], Any], message: str, written: Path) -> None:
+    change(written)
+    with pytest.raises(FileError, match=message):
+        read_model(written)
+
+
+ENTRY = {"scheme": "int8", "dtype": "float32"}
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    data = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(data | changes))
+
+
+def change_tensor(path: Path, change: Callable[[Tensor], Tensor | None], rename: str = "") -> None:
+    tensors = load_file(path / WEIGHTS)
+    name = next(name for name in tensors if name.endswith(".codes"))
+    new = change(tensors.pop(name))
+    if new is not None:
+        tensors[rename or name] = new
+    save_file(tensors, path / WEIGHTS)
+
+
+def test_an_index_of_gigabytes_is_not_read(written: Path) -> None:
+    with (written / INDEX).open("r+b") as file:
+        file.truncate(1 << 30)  # sparse
+    with pytest.raises(FileError, match="no index is that large"):
+        read_model(written)
+
+
+def test_no_file_can_make_it_run_out_of_errors(written: Path) -> None:
+    """Random bytes at random places of the index and of the header end in an error or in the same model."""
+    reference = read_model(written)
+    random = torch.Generator().manual_seed(0)
+    for name in (INDEX, WEIGHTS) * 15:
+        original = (written / name).read_bytes()
+        damaged = bytearray(original)
+        place = int(torch.randint(min(len(damaged), 3000), (), generator=random))
+        damaged[place] = int(torch.randint(256, (), generator=random))
+        (written / name).write_bytes(damaged)
+        try:
+            read = read_model(written)
+        except FxquantError:
+            pass
+        else:
+            assert {n for n, _ in read.named_modules()} == {n for n, _ in reference.named_modules()}
+        (written / name).write_bytes(original)
