@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant import capture as _capture
-from fxquant import reports
+from fxquant import graph_capture, reports
 from fxquant.errors import CaptureError, ModelError
 from fxquant.install import check_finite, install, record_of, uninstall
 from fxquant.linears import find_linears, find_stacked
@@ -86,7 +85,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         CaptureError: when `torch.export` cannot trace the model, or no example inputs can be derived.
         ModelError: when it is no module.
     """
-    return _capture.capture(model, example_inputs)
+    return graph_capture.capture(model, example_inputs)
 
 
 def history(model: nn.Module) -> History:
@@ -138,7 +137,7 @@ def _plan(
         raise ModelError(f"this {type(model).__name__} holds no linear: there is nothing to quantize")
     graph, reason = None, ""
     try:
-        graph = _capture.capture(model, example_inputs)
+        graph = graph_capture.capture(model, example_inputs)
     except CaptureError as error:
         reason = str(error)
     return graph, select(model, resolved, sites, stacked, graph, reason)

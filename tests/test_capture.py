@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
-from fxquant.capture import capture
 from fxquant.errors import CaptureError, ModelError
 from fxquant.example_inputs import candidates, example_inputs
+from fxquant.graph_capture import capture
 from fxquant.linears import find_linears, is_expert_stack
 from fxquant.modules import QLinear
 from fxquant.scheme import Scheme

@@ -4,8 +4,8 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxquant.capture import capture
 from fxquant.dataflow import bare_matmuls, read_elsewhere, routers, routers_by_structure, siblings, uncalled
+from fxquant.graph_capture import capture
 from fxquant.linears import find_linears
 
 

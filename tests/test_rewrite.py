@@ -152,7 +152,9 @@ def test_drop_noops_leaves_what_changes_something() -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = x.to(torch.float32).view(3, 8).reshape(3, 8).expand(3, 8)
             y = F.dropout(y, 0.5, training=False)
-            return y.to(torch.bfloat16).view(24).contiguous() + x.to(torch.float32, copy=True).to(torch.bfloat16).view(24)
+            return y.to(torch.bfloat16).view(24).contiguous() + x.to(torch.float32, copy=True).to(torch.bfloat16).view(
+                24
+            )
 
     x = torch.randn(3, 8)
     gm = capture(Casts(), (x,))

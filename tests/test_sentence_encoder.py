@@ -41,7 +41,11 @@ def batches() -> list[dict[str, Tensor]]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder())
     return [
-        dict(tokenizer(sentences()[i : i + 40], padding="max_length", truncation=True, max_length=32, return_tensors="pt"))
+        dict(
+            tokenizer(
+                sentences()[i : i + 40], padding="max_length", truncation=True, max_length=32, return_tensors="pt"
+            )
+        )
         for i in range(0, len(sentences()), 40)
     ]
 

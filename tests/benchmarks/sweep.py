@@ -26,9 +26,9 @@ from rich.table import Table
 from torch.utils import _pytree as pytree
 
 from fxquant import dataflow, plan, quantize
-from fxquant.capture import capture
 from fxquant.errors import CaptureError
 from fxquant.example_inputs import example_inputs
+from fxquant.graph_capture import capture
 from fxquant.linears import find_linears, find_stacked
 
 LONGEST = 240  # characters of a reason

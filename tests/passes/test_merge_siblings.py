@@ -20,7 +20,11 @@ class Block(nn.Module):
 
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(64, 64, bias=bias), nn.Linear(64, 32, bias=False), nn.Linear(64, 32, bias=bias)
+        self.q, self.k, self.v = (
+            nn.Linear(64, 64, bias=bias),
+            nn.Linear(64, 32, bias=False),
+            nn.Linear(64, 32, bias=bias),
+        )
         self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +43,9 @@ def calls(gm: fx.GraphModule) -> list[int]:
     return [len(n.args[4]) for n in gm.graph.nodes if op_name(n) == "fxquant.linear"]
 
 
-def compiled_graphs(model: nn.Module, *args: Tensor, passes: Any = COMPILE) -> tuple[list[fx.GraphModule], Tensor, list[History]]:
+def compiled_graphs(
+    model: nn.Module, *args: Tensor, passes: Any = COMPILE
+) -> tuple[list[fx.GraphModule], Tensor, list[History]]:
     graphs, histories = [], []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
