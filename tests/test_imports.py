@@ -83,5 +83,5 @@ def test_every_module_can_be_imported_first(name: str) -> None:
 
 
 def test_passes_has_one_name() -> None:
-    with pytest.raises(ImportError, match="import fxquant.passes, not passes"):
+    with pytest.raises(ImportError, match=r"import fxquant\.passes, not passes"):
         importlib.import_module("passes")

@@ -43,13 +43,11 @@ def calls(gm: fx.GraphModule) -> list[int]:
     return [len(n.args[4]) for n in gm.graph.nodes if op_name(n) == "fxquant.linear"]
 
 
-def compiled_graphs(
-    model: nn.Module, *args: Tensor, passes: Any = COMPILE
-) -> tuple[list[fx.GraphModule], Tensor, list[History]]:
+def compiled_graphs(model: nn.Module, *args: Tensor) -> tuple[list[fx.GraphModule], Tensor, list[History]]:
     graphs, histories = [], []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        histories.append(rewrite(gm, passes=passes))
+        histories.append(rewrite(gm, passes=COMPILE))
         graphs.append(gm)
         return gm.forward
 
