@@ -30,3 +30,4 @@ def test_captured_planned_whole_and_quantized(kind: str, auto_class: str) -> Non
     assert row["accounted"] == "100%"
     assert row["quantized"] > 0
     assert row["error"] <= LARGEST
+    assert row["op error"] <= 1e-5
