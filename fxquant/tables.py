@@ -45,7 +45,9 @@ class Table:
         """The table as text, as wide as the terminal or 160 columns where there is none."""
         width = max(shutil.get_terminal_size((160, 24)).columns, 80)
         buffer = io.StringIO()
-        console = rich.console.Console(file=buffer, width=width, highlight=False, color_system=None)
+        console = rich.console.Console(
+            file=buffer, width=width, highlight=False, color_system=None, force_jupyter=False, force_terminal=False
+        )
         console.print(self.to_rich(width))
         for note in self.notes:
             console.print(rich.text.Text(note))

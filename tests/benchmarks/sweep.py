@@ -16,6 +16,7 @@ import json
 import logging
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -230,10 +231,8 @@ def _sensitive(rows: list[dict[str, Any]]) -> str:
 
 
 def _short(row: dict[str, Any], field: str) -> str:
-    value = row[field]
-    if isinstance(value, float):
-        return f"{value:.1%}"
-    return " ".join(str(value).split()).removeprefix("not captured: ").removeprefix("not built: ")[:90]
+    reason = str(row[field]).removeprefix("not built: ").rpartition("as one graph: ")[2]
+    return textwrap.shorten(reason, 100, placeholder=" ...")
 
 
 def markdown(rows: list[dict[str, Any]], recipe: str) -> str:
