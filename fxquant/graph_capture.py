@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree  # no public name yet; torch.export's own (torch 2.11 to 2.13)
 
 from fxquant.capture_errors import quiet, reason
 from fxquant.errors import CaptureError, ModelError
 from fxquant.example_inputs import candidates
+from fxquant.inductor import pytree
 from fxquant.linears import find_linears, is_expert_stack
 from fxquant.modules import QLinear
 from fxquant.unchanged import unchanged

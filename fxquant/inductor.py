@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
+from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; since torch 1.11, read in 2.11 and 2.13
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
+from torch.utils import _pytree as pytree  # torch.export's own, which has no public name yet; 2.11 to 2.13
+
+__all__ = ["FakeTensor", "OpOverload", "compile_graph", "pytree"]
 
 
 def compile_graph(

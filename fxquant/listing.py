@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.inductor import OpOverload
+
 
 @dataclass(frozen=True)
 class NodeRecord:
@@ -70,7 +72,7 @@ def op_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return ""
     qualified = getattr(target, "_qualified_op_name", None)  # OpOverloadPacket
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         qualified = target._schema.name
     if qualified:
         return str(qualified).removeprefix("aten::").replace("::", ".")

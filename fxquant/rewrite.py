@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.errors import FxquantError, RewriteError
 from fxquant.histories import Fired as Fired
 from fxquant.histories import History as History
 from fxquant.histories import Miss as Miss
 from fxquant.histories import Step as Step
+from fxquant.inductor import FakeTensor
 from fxquant.legality import violations
 from fxquant.listing import listing, value
 from fxquant.patterns import Match, Pattern, match

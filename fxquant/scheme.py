@@ -74,7 +74,7 @@ class Element:
 
     @property
     def bound(self) -> float:
-        """The magnitude that absmax scaling maps a block's largest weight to."""
+        """The largest value that a code stands for."""
         if self.kind == "int":
             return float(self.high)
         if self.kind == "table":

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.inductor import OpOverload
 from fxquant.listing import op_name, value
 from fxquant.ops import ABI
 from fxquant.rewrite import Editor, Pass
@@ -69,7 +70,7 @@ def _is_border(node: fx.Node) -> bool:
     name = op_name(node)
     if node.op not in ("call_function", "call_method") or name.startswith(_HARMLESS):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target._schema.is_mutable
     if getattr(node.target, "__module__", "") == "_operator":
         return name in _WRITING_OPERATORS
