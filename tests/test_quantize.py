@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -272,6 +273,21 @@ def test_a_failing_pass_changes_nothing() -> None:
     with pytest.raises(fxquant.FxquantError, match=r"Fails\(\), after .*MergeSiblings\(\): ValueError: no idea"):
         quantize(model, "int8", passes=(*DEFAULT, Fails()), **INPUTS)
     assert fingerprint(model) == before
+
+
+def test_an_interruption_leaves_a_model_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(entry: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fxquant.api.layer_progress", lambda *_, **__: contextlib.nullcontext(interrupt))
+    model = Net()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, "int8", **INPUTS)
+    assert isinstance(model.first, QLinear)
+    assert type(model.second) is nn.Linear
+    partly = model(torch.arange(5))
+    dequantize(model)
+    assert torch.equal(model(torch.arange(5)), partly)
 
 
 def test_unwritable_recipe_path_is_refused() -> None:
