@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import io
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+import typer.main
+
+import fxquant
+from fxquant.cli import app
+from fxquant.rewrite import rewrite
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,24 +31,58 @@ def between(name: str) -> str:
     return README.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
 
 
-def test_python_blocks_run_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    module = type(sys)("readme")
-    monkeypatch.setitem(sys.modules, "readme", module)  # dataclasses look their module up
-    found = blocks("python")
-    assert len(found) >= 3
-    for block in found:
-        exec(compile(block, "README.md", "exec"), vars(module))
-    printed = capsys.readouterr().out
-    for line in re.findall(r"^ (model\.layers\S+ .*|lm_head .*|\d+ of \d+ weights .*)$", blocks("text")[0], flags=re.M):
-        assert re.sub(r"\s+", " ", line).strip() in re.sub(r"\s+", " ", printed)
-    tokens = module.torch.tensor([[5, 17, 42]])
-    with module.torch.no_grad():
+@pytest.fixture(scope="module")
+def ran() -> Iterator[tuple[ModuleType, str]]:
+    """The module that the README's Python makes, block after block, and what it printed."""
+    module, printed = ModuleType("readme"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(ROOT)
+        patch.setitem(sys.modules, "readme", module)  # dataclasses look their module up
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), vars(module))
+        yield module, printed.getvalue()
+
+
+def test_python_blocks_make_what_they_say(ran: tuple[ModuleType, str]) -> None:
+    module, _ = ran
+    assert len(blocks("python")) >= 3
+    assert len(blocks("python")[0].splitlines()) <= 12
+    tokens = torch.tensor([[5, 17, 42]])
+    with torch.no_grad():
         expected = module.model(tokens, use_cache=False).logits.float()
         got = module.compiled(tokens, use_cache=False).logits.float()
     assert (got - expected).norm() / expected.norm() < 0.02
+
+
+def test_printed_tables_are_what_is_printed(ran: tuple[ModuleType, str]) -> None:
+    printed = {" ".join(line.split()) for line in ran[1].splitlines()}
+    for title in ("plan", "report"):
+        (block,) = (block for block in blocks("text") if block.startswith(title))
+        lines = {" ".join(line.split()) for line in block.splitlines()}
+        shown = {line for line in lines if line and not line.startswith(("...", "─"))}  # a rule is as wide as its table
+        assert len(shown) > 5
+        assert shown <= printed
+
+
+def test_before_and_after_are_from_the_history(ran: tuple[ModuleType, str]) -> None:
+    (block,) = (block for block in blocks("text") if block.startswith("- q_proj"))
+    text = ran[0].history(ran[0].model).text("model.layers.0.self_attn")
+    shown, there = ({_unnumbered(line) for line in part.splitlines()} for part in (block, text))
+    assert len(shown) >= 5
+    assert shown <= there
+
+
+def _unnumbered(line: str) -> str:
+    """A line without the numbers at the ends of names: torch counts nodes, and other versions make others."""
+    return re.sub(r"_\d+\b", "", line.strip())
+
+
+def test_the_pass_is_short_and_fires_in_every_block(ran: tuple[ModuleType, str]) -> None:
+    (source,) = (block for block in blocks("python") if "(Pass)" in block)
+    assert len(source[source.index("@dataclass") : source.index("compiled =")].strip().splitlines()) <= 30
+    graph = fxquant.capture(ran[0].original)
+    history = rewrite(graph, passes=(ran[0].GateInFloat32(),))
+    assert len(history.steps[0].fired) == ran[0].original.config.num_hidden_layers
 
 
 def test_links_lead_somewhere() -> None:
@@ -50,6 +95,30 @@ def test_links_lead_somewhere() -> None:
 def test_named_files_exist() -> None:
     for path in re.findall(r"`?python (tests/\S+\.py)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_named_commands_and_options_exist() -> None:
+    commands = typer.main.get_command(app).commands
+    named = re.findall(r"`fxquant (?!--)(\w+)([^`]*)`|&& fxquant (\w+)()$", README, flags=re.M)
+    assert {"demo", "plan", "quantize", "inspect"} <= {first or last for first, _, last, _ in named} <= set(commands)
+    for first, rest, last, _ in named:
+        known = {option for parameter in commands[first or last].params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--?\w+", rest)) <= known
+
+
+def test_named_options_of_scripts_exist() -> None:
+    named = re.findall(r"python (tests/\S+\.py)((?: --\w+)*)", README)
+    assert len(named) >= 2
+    for path, options in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for option in options.split():
+            assert f'"{option}"' in source, (path, option)
+
+
+def test_named_extras_exist() -> None:
+    metadata = importlib.metadata.metadata("fxquant")
+    named = {extra for group in re.findall(r'"\.\[([\w,]+)\]"', README) for extra in group.split(",")}
+    assert named == set(metadata.get_all("Provides-Extra") or ())
 
 
 def test_the_test_command_stands_alone_on_its_line() -> None:
