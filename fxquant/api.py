@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxquant import graph_capture, reports
+from fxquant.calibration import check_calibration, input_scales
 from fxquant.errors import CaptureError, ModelError
 from fxquant.install import check_finite, install, record_of, uninstall
 from fxquant.linears import find_linears, find_stacked
@@ -28,6 +29,7 @@ def quantize(
     recipe: Any,
     *,
     example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
     passes: Sequence[Pass] = DEFAULT,
     exclude: Sequence[str] = (),
     progress: bool = True,
@@ -40,6 +42,8 @@ def quantize(
             a YAML file, or a torchao config.
         example_inputs: keyword arguments (dict) or positional ones (tuple) for one forward; derived for models of
             transformers. Used for tracing alone, never computed with.
+        calibration: inputs of one forward each, as `example_inputs`; the model runs on them, in full precision, to find
+            the scales of static activations (`int8+int8-static`). Needed for such schemes, and for no others.
         passes: the rewrites to run over the captured graph, in order.
         exclude: patterns of modules to leave as they are, in front of the recipe's rules.
         progress: show a progress bar on stderr.
@@ -48,21 +52,24 @@ def quantize(
         The same model object. `report(model)` says what was done, `history(model)` what happened to the graph.
 
     Raises:
-        ModelError: not a module, quantized already, weights with inf or nan, a weight that cannot be replaced.
+        ModelError: not a module, quantized already, weights with inf or nan, a weight that cannot be replaced, no
+            calibration where a scheme needs it, or none that reaches a layer.
         RecipeError: a recipe that cannot be read, or a rule that matches nothing.
         SchemeError: an unknown scheme, or a layer that cannot hold the one asked for.
         RewriteError: a pass failed. Every check runs before the first weight changes.
     """
     graph, made = _plan(model, recipe, example_inputs, exclude)
     check_finite(model, made)
+    check_calibration(model, made, calibration)
     modules: dict[str, nn.Module] = {}
     history = run_passes(graph, made, passes, modules) if graph is not None else History(reason=made.graph)
     del graph
     # What torch.export makes refers to itself in circles, and through them to every weight: without this, no weight
     # would be let go before Python's next full collection.
     gc.collect()
+    scales = input_scales(model, made, calibration, progress=progress)
     with layer_progress(made, enabled=progress) as done:
-        install(model, made, history, modules, done)
+        install(model, made, history, modules, done, scales)
     return model
 
 

@@ -34,6 +34,10 @@ class FileError(FxquantError):
     """A path that cannot be read or written, or a file that does not hold what its name promises."""
 
 
+class CheckpointError(FxquantError):
+    """Tensors of a quantized checkpoint that are not what their format says, or that fxquant cannot express."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `word`, as the end of a sentence: `"; did you mean a, b?"`, or nothing."""
     close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=count, cutoff=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; sinc
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
 from torch.utils import _pytree as pytree  # torch.export's own, which has no public name yet; 2.11 to 2.13
 
-__all__ = ["FakeTensor", "OpOverload", "compile_graph", "pytree"]
+__all__ = ["FakeTensor", "OpOverload", "compile_cpp", "compile_graph", "pytree"]
 
 
 def compile_graph(
@@ -27,3 +28,14 @@ def compile_graph(
     patches = {**(list_mode_options(mode) if mode not in (None, "default") else {}), **options}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     return cast(Callable[..., Any], compiled)
+
+
+def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
+    """A library built from one C++ file, with Inductor's compiler, flags and cache, where it lies for later processes.
+
+    `CppCodeCache.load(source, extra_flags=...)`: read in torch 2.11, 2.13. It raises whatever a compiler can fail with.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    built: Any = CppCodeCache.load(source, extra_flags=tuple(flags))
+    return cast(ctypes.CDLL, built)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -60,6 +61,7 @@ def install(
     history: History,
     modules: Mapping[str, nn.Module],
     done: Callable[[PlanEntry], None],
+    input_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Quantize the planned weights one by one and put the modules in place.
 
@@ -72,6 +74,7 @@ def install(
         history: kept on the model.
         modules: modules that passes made, by FQN: `QLinear`s of the plan, still without planes, and any others.
         done: called after each layer.
+        input_scales: of the layers with static activation scales, by name.
     """
     record = Record(plan, history)
     model.__dict__[_RECORD] = record
@@ -80,11 +83,12 @@ def install(
             _place(model, (fqn,), module)
     for entry in plan.quantized:
         made = modules.get(entry.name)
-        record.errors[entry.name] = _install_one(model, entry, made if isinstance(made, QLinear) else None)
+        new = made if isinstance(made, QLinear) else None
+        record.errors[entry.name] = _install_one(model, entry, new, input_scales.get(entry.name))
         done(entry)
 
 
-def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None) -> float:
+def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_scale: float | None) -> float:
     assert entry.scheme is not None
     old = model.get_submodule(entry.name)
     if new is None:  # the graph never calls it, or there is no graph
@@ -93,6 +97,8 @@ def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None) -> flo
     weight = weight.t() if entry.transposed else weight
     with torch.no_grad():
         planes = quantize(weight, entry.scheme, entry.scale)
+        if input_scale is not None:
+            planes["input_scale"].fill_(input_scale)
         error = float("nan") if weight.is_meta else squared_error(weight, planes, entry.scheme)
     new.load_planes(planes)
     follow_device_hook(new, old)

@@ -12,12 +12,15 @@ from fxquant.listing import op_name, value
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
+_OPS = {"fxquant.linear": 6, "fxquant.linear_on_codes": 8}
+"""Ops on the planes of weights, with the number of their arguments; planes and what follows come last."""
+
 
 def violations(gm: fx.GraphModule) -> list[str]:
     """What is wrong with the graph of `gm`, one sentence each; empty for a legal graph.
 
     Legal means: well-formed for torch.fx; every module, parameter and buffer that it names exists; every
-    `fxquant::linear` has planes that fit its scheme, its rows and its input.
+    `fxquant::linear` and `fxquant::linear_on_codes` has planes that fit its scheme, its rows and its input.
     """
     found = []
     for node in gm.graph.nodes:
@@ -25,8 +28,8 @@ def violations(gm: fx.GraphModule) -> list[str]:
             found.append(f"{node.name} calls {node.target!r}, which is no submodule")
         elif node.op == "get_attr" and not _exists(gm, str(node.target), object):
             found.append(f"{node.name} reads {node.target!r}, which does not exist")
-        elif op_name(node) == "fxquant.linear":
-            problem = _linear_problem(node)
+        elif op_name(node) in _OPS:
+            problem = _linear_problem(node, op_name(node))
             found += [f"{node.name}: {problem}"] if problem else []
     if not found:
         try:
@@ -45,10 +48,11 @@ def _exists(gm: fx.GraphModule, target: str, kind: type) -> bool:
     return isinstance(holder, kind)
 
 
-def _linear_problem(node: fx.Node) -> str | None:
-    if len(node.args) != 6 or node.kwargs:
-        return f"fxquant::linear takes six positional arguments, it has {len(node.args)}"
-    x, planes, biases, spelling, rows, abi = node.args
+def _linear_problem(node: fx.Node, op: str) -> str | None:
+    count = _OPS[op]
+    if len(node.args) != count or node.kwargs:
+        return f"{op.replace('.', '::')} takes {count} positional arguments, it has {len(node.args)}"
+    x, (planes, biases, spelling, rows, abi) = node.args[0], node.args[-5:]
     assert isinstance(planes, (list, tuple))
     assert isinstance(biases, (list, tuple))
     assert isinstance(rows, (list, tuple))

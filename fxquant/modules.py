@@ -24,6 +24,8 @@ _LEFT_BEHIND = _INTERNALS | _OWN | {"forward", "_old_forward", "_hf_hook"}
 class QLinear(nn.Linear):
     """`y = x @ W.T + b` with W `[out_features, in_features]` stored as planes, which are plain buffers.
 
+    Where the scheme quantizes activations, x is what is left of the input when it is rounded as the scheme says.
+
     It is an `nn.Linear` to whoever asks (PEFT, `isinstance`), and `.weight` gives the dequantized weight, made anew at
     each access. `.to(dtype)` changes the dtype of `.weight` and of the bias, never that of a plane.
 
@@ -107,11 +109,11 @@ class QLinear(nn.Linear):
         for name in self.plane_names:
             self._buffers[name] = planes[name]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T + b` for x `[..., in_features]`, in the dtype of x."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`x @ W.T + b` for x `[..., in_features]`, in the dtype of x: the op `fxquant::linear`."""
         biases = [] if self.bias is None else [self.bias]
         planes = [getattr(self, name) for name in self.plane_names]
-        result: Tensor = torch.ops.fxquant.linear(x, planes, biases, self.spelling, [self.out_features], ABI)
+        result: Tensor = torch.ops.fxquant.linear(input, planes, biases, self.spelling, [self.out_features], ABI)
         return result
 
     def restore(self) -> nn.Module:

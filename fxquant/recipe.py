@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from fxquant.misfits import MISFITS, check_misfit, fit
 from fxquant.presets import PRESETS
 from fxquant.recipe_yaml import read_recipe, write_recipe
 from fxquant.rule import Rule, check_scale
-from fxquant.scheme import ELEMENTS, Scheme
+from fxquant.scheme import ELEMENTS, NAMES, Scheme
 from fxquant.tables import Table
 from fxquant.torchao_configs import is_torchao_config
 
@@ -51,7 +52,7 @@ class Recipe:
             defaults: protected modules are reached only by a rule that spells their last name part.
             misfit: what becomes of a layer that cannot hold its scheme: "error", "keep" (full precision), "shrink"
                 (the largest power-of-two group from 16 on that divides K, else int8), or another scheme.
-            scale: how scales are chosen where a rule does not say: "least_squares" or "absmax".
+            scale: how scales are chosen where a rule does not say, see `Rule`.
             exclude: patterns of modules to leave in full precision: rules with None in front of all others.
 
         Raises:
@@ -147,10 +148,10 @@ class Recipe:
             return cls.from_file(text)
         if word in PRESETS:
             return cls.preset(word)
-        if word.split("-")[0] in ELEMENTS:
+        if re.split(r"[-+(]", word)[0] in (*ELEMENTS, "table") or word.partition("+")[0] in NAMES:
             return cls([Rule("*", Scheme.parse(text))])
         raise RecipeError(
-            f"no preset and no scheme is called {text!r}{nearest(word, [*PRESETS, *ELEMENTS])}\n  {_CHOICES}"
+            f"no preset and no scheme is called {text!r}{nearest(word, [*PRESETS, *ELEMENTS, *NAMES])}\n  {_CHOICES}"
         )
 
     @classmethod

@@ -54,11 +54,12 @@ class Rule:
 
         Args:
             match: a glob over dotted module names, or `re:` and a regular expression.
-            scheme: a `Scheme`, its spelling, a torchao weight-only config, or None to leave modules as they are.
+            scheme: a `Scheme`, its spelling, a torchao config, or None to leave modules as they are.
             type: a class name ("Linear"), a class, or several; a class stands for its name.
             min_size: fewest weights of a layer.
             max_size: most weights of a layer.
-            scale: how scales are chosen, "least_squares" or "absmax".
+            scale: how scales are chosen: "least_squares", "absmax", "minmax", "hqq", or as a library does it, see
+                `fxquant.codecs.quantize`.
             optional: do not complain where no module matches.
 
         Raises:
@@ -138,12 +139,14 @@ def to_scheme(value: object) -> Scheme | None:
     """A scheme out of anything that stands for one: a `Scheme`, its spelling, a torchao config; None and "keep": None.
 
     Raises:
-        SchemeError: `value` stands for no scheme.
+        SchemeError: `value` stands for no scheme, or for one that weights cannot be quantized to.
     """
-    if value is None or isinstance(value, Scheme):
-        return value
+    if value is None or value == KEEP:
+        return None
+    if isinstance(value, Scheme):
+        return _encodable(value)
     if isinstance(value, str):
-        return None if value == KEEP else Scheme.parse(value)
+        return _encodable(Scheme.parse(value))
     if isinstance(value, type):
         raise SchemeError(f"a scheme cannot be the class {value.__name__}\n  pass an object: {value.__name__}(...)")
     if is_torchao_config(value):
@@ -152,6 +155,15 @@ def to_scheme(value: object) -> Scheme | None:
         f"a scheme cannot be {value!r}\n"
         f"  it is a spelling such as {', '.join(ELEMENTS)}, a Scheme, a torchao config, or None to keep full precision"
     )
+
+
+def _encodable(scheme: Scheme) -> Scheme:
+    if not scheme.encodable:
+        raise SchemeError(
+            f"no weight can be quantized to {scheme}: a weight alone does not give its codebooks or column scales\n"
+            "  files that hold such weights can be read"
+        )
+    return scheme
 
 
 def check_scale(scale: object) -> ScaleSearch:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxquant import dataflow
-from fxquant.codecs import ScaleSearch
+from fxquant.codecs import ScaleSearch, check_search
 from fxquant.errors import FxquantError, ModelError, SchemeError
 from fxquant.linears import LinearSite, StackedWeight
 from fxquant.plans import Plan, PlanEntry
@@ -93,6 +93,8 @@ def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str |
         return _Decision(None, index, obstacle, error=error)
     try:
         scheme, reason = recipe.fit(site.name, rule.scheme, site.n, site.k)
+        if scheme is not None:
+            check_search(scheme, rule.scale or recipe.scale)
     except SchemeError as error:
         return _Decision(None, index, error=error)
     if tied:

@@ -7,7 +7,7 @@ After     y = fxquant.linear(x, [q_codes, q_scales, k_codes, k_scales], [], 'int
 
 Fires when       two or more quantized linears of one scheme read the same node.
 Stays out when   the planes are computed in the graph, or a write, an autocast border or the like stands between them.
-Numerics         exact: the same products and sums in the same order.
+Numerics         exact: the same products and sums in the same order; static input scales stay those of each weight.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.inductor import OpOverload
+from fxquant.borders import epochs
 from fxquant.listing import op_name, value
 from fxquant.ops import ABI
 from fxquant.rewrite import Editor, Pass
 
 _SAME_MEMORY = frozenset({"view", "reshape", "_unsafe_view", "transpose", "permute", "t", "unsqueeze", "squeeze"})
 """Ops that may pass on the strides of their input."""
-_WRITING_OPERATORS = frozenset(
-    {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"}
-)
-_HARMLESS = ("_assert", "sym_constrain", "assert")
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class MergeSiblings(Pass):
     def run(self, edit: Editor) -> None:
         """Group the calls by input and scheme, and merge each group of two or more."""
         groups: dict[Any, list[fx.Node]] = {}
-        for node, epoch in _epochs(edit):
+        for node, epoch in epochs(edit.nodes()):
             if op_name(node) == "fxquant.linear":
                 x, _, _, scheme, _, _ = node.args
                 groups.setdefault((x, scheme, epoch), []).append(node)
@@ -55,27 +51,6 @@ class MergeSiblings(Pass):
                 _merge(edit, mergeable)
             elif len(group) == 1 and readers[x, scheme] > 1:
                 edit.miss("a write or an autocast border stands between it and its siblings", group[0].name)
-
-
-def _epochs(edit: Editor) -> list[tuple[fx.Node, int]]:
-    """Every node with the number of memory writes and mode switches that stand before it."""
-    epoch, numbered = 0, []
-    for node in edit.nodes():
-        epoch += _is_border(node)
-        numbered.append((node, epoch))
-    return numbered
-
-
-def _is_border(node: fx.Node) -> bool:
-    name = op_name(node)
-    if node.op not in ("call_function", "call_method") or name.startswith(_HARMLESS):
-        return False
-    if isinstance(node.target, OpOverload):
-        return node.target._schema.is_mutable
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in _WRITING_OPERATORS
-    writes = name.endswith("_") and not name.endswith("__")
-    return writes or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or node.is_impure()
 
 
 def _planes_are_stored(node: fx.Node) -> bool:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxquant.bits import pack, unpack
+from fxquant.bits import pack, pack_trits, pack_wide, unpack, unpack_trits, unpack_wide
 
 shapes = st.lists(st.integers(0, 5), max_size=2).flatmap(
     lambda head: st.integers(0, 40).map(lambda n: (*head, n)),
@@ -95,3 +95,46 @@ def test_meta(bits):
     packed = pack(torch.empty(3, 5, dtype=torch.uint8, device="meta"), bits)
     assert packed.shape == (3, math.ceil(5 * bits / 8))
     assert unpack(packed, bits, 5).shape == (3, 5)
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(1, 32), st.integers(0, 2**31))
+def test_wide_fields(shape, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, shape, generator=generator)
+    packed = pack_wide(codes, bits)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (*shape[:-1], math.ceil(shape[-1] * bits / 8)))
+    assert torch.equal(unpack_wide(packed, bits, shape[-1]), codes)
+    if codes.numel():
+        rows = codes.reshape(-1, shape[-1]).tolist()
+        assert packed.reshape(len(rows), -1).tolist() == [stream(row, bits) for row in rows]
+    if bits <= 8:
+        assert torch.equal(packed, pack(codes, bits))
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(0, 2**31))
+def test_digits_in_base_3(shape, seed):
+    codes = torch.randint(0, 3, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = pack_trits(codes)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (*shape[:-1], math.ceil(shape[-1] / 5)))
+    assert torch.equal(unpack_trits(packed, shape[-1]), codes)
+
+
+def test_the_first_digit_counts_least():
+    assert pack_trits(torch.tensor([1, 2, 0, 0, 2, 1])).tolist() == [1 + 2 * 3 + 2 * 81, 1]
+
+
+@pytest.mark.parametrize("bits", [0, 33])
+def test_wide_widths_that_do_not_exist(bits):
+    with pytest.raises(ValueError, match="fields have 1 to 32 bits"):
+        pack_wide(torch.zeros(3), bits)
+    with pytest.raises(ValueError, match="fields have 1 to 32 bits"):
+        unpack_wide(torch.zeros(3, dtype=torch.uint8), bits, 1)
+
+
+def test_wide_rows_of_the_wrong_length():
+    with pytest.raises(ValueError, match="2 fields of 12 bits take 3 bytes, got 4"):
+        unpack_wide(torch.zeros(4, dtype=torch.uint8), 12, 2)
+    with pytest.raises(ValueError, match="6 digits in base 3 take 2 bytes, got 1"):
+        unpack_trits(torch.zeros(1, dtype=torch.uint8), 6)

@@ -23,7 +23,7 @@ from fxquant.cli import app
 from fxquant.model_files import read_model
 from fxquant.presets import PRESETS
 from fxquant.pretrained import load_model
-from fxquant.scheme import ELEMENTS
+from fxquant.scheme import ELEMENTS, NAMES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import tiny_model
@@ -150,18 +150,21 @@ def test_inspect_names_other_formats_shared_weights_and_experts(tmp_path: Path) 
 def test_recipes_lists_presets_and_schemes_with_their_bits() -> None:
     text = run("recipes").stdout
     presets, schemes = text.split("schemes:")
+    usual, named = schemes.split("schemes with a name")
     for name, preset in PRESETS.items():
         assert cells(presets, f"{name} ")[0] == name
         assert preset.description.split()[0] in presets
     rows = [re.split(r"\s{2,}", line.strip()) for line in schemes.splitlines() if re.match(r" \S+ +[\d.]+( |$)", line)]
-    assert len(rows) >= 10
+    assert len(rows) >= 40
     for row in rows:
         assert float(row[1]) == pytest.approx(Scheme.parse(row[0]).bits_per_weight(), abs=6e-4)
-    assert {name for name in ELEMENTS if name != "uint4"} == {row[0].split("-")[0] for row in rows}
+    assert set(ELEMENTS) <= set(re.findall(r"\w+", usual))
+    assert set(NAMES) <= {row[0] for row in rows}
+    assert named.count("can be read only") == sum(not Scheme.parse(name).encodable for name in NAMES) > 0
 
 
 ERRORS = [
-    (("plan", DENSE, "-r", "int5"), "RecipeError: no preset and no scheme is called 'int5'; did you mean int8"),
+    (("plan", DENSE, "-r", "int7"), "RecipeError: no preset and no scheme is called 'int7'; did you mean int8"),
     (("plan", DENSE, "-r", "int4-g64-asymm"), "SchemeError: unknown scheme 'int4-g64-asymm'"),
     (("plan", DENSE, "-r", "missing.yaml"), "FileError: "),
     (("plan", DENSE, "-r", "int4-g96"), "SchemeError: "),
@@ -268,11 +271,11 @@ def test_a_real_process_is_interrupted_plainly(tmp_path: Path) -> None:
 
 def test_a_real_process_says_what_is_wrong() -> None:
     done = subprocess.run(
-        [*COMMAND, "plan", DENSE, "-r", "int5"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [*COMMAND, "plan", DENSE, "-r", "int7"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "RecipeError: no preset and no scheme is called 'int5'" in done.stderr
+    assert "RecipeError: no preset and no scheme is called 'int7'" in done.stderr
 
 
 def test_the_command_itself_imports_neither_torch_nor_transformers() -> None:

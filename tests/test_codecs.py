@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxquant.codecs import SCALE_SEARCHES, all_finite, codec, dequantize, quantize, squared_error, tables
-from fxquant.codecs.scales import dynamic_map
+from fxquant.codecs import all_finite, decode, dequantize, encode, finite, quantize, squared_error, tables
+from fxquant.codecs.double import dynamic_map
 from fxquant.errors import SchemeError
-from fxquant.scheme import DOUBLE_QUANT_BLOCK, ELEMENTS, Scheme
+from fxquant.scheme import DOUBLE_QUANT_BLOCK, ELEMENTS, SCALE_TYPES, Scheme
 
 SPELLINGS = [
     "int8", "int8-tensor", "int8-g32", "int8-asym", "int8-b128x128-bf16", "int8-g16-fp16-asym",
@@ -21,11 +21,17 @@ SPELLINGS = [
     "uint4-g32", "uint4-row", "uint4-b4x7", "uint4-flat33", "uint4-tensor",
     "nf4", "nf4-dq", "nf4-g64", "nf4-row", "nf4-b8x8", "nf4-flat32-dq", "nf4-flat100-bf16", "nf4-tensor-fp16",
     "fp4", "fp4-dq", "fp4-g32", "fp4-flat33-dq",
-    "fp8", "fp8-tensor", "fp8-b128x128", "fp8-g16", "fp8-flat48-fp16",
+    "fp8", "fp8-tensor", "fp8-b128x128", "fp8-g16", "fp8-flat48-fp16", "fp8e5m2", "fp8e5m2-g32-fp32", "mxfp8",
+    "int2-g16", "int3-g32", "int3-row", "int5-g32-fp16", "int5-flat40", "int6", "uint2-g16", "uint3-b3x5", "uint5-row",
+    "uint6-g64", "uint8", "uint8-g32-fp16", "int6-g32-e8m0", "int4-g32-e8m0",
+    "ternary", "ternary-g32", "trit-g32", "trit-row", "bitnet", "trit-g128-fp16",
+    "e2m1", "mxfp4", "mxfp6", "mxfp6e3m2", "iq4_nl", "iq4-row", "table(-1,-0.3,0.3,1)", "table(-1,1)-g32",
+    "table(-3,-1,0,0.001,0.0011,1,2,5)-g16", "int4-b8x0",
 ]  # fmt: skip
+SEARCHES = ("absmax", "least_squares")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 spellings = st.sampled_from(SPELLINGS)
-searches = st.sampled_from(SCALE_SEARCHES)
+searches = st.sampled_from(SEARCHES)
 seeds = st.integers(0, 2**31)
 
 
@@ -34,7 +40,7 @@ def weights(draw: st.DrawFn, scheme: Scheme) -> Tensor:
     """Small weights of any shape that the scheme holds; some with zeros, equal rows or outliers, some strided."""
     n, k = draw(st.integers(0, 40)), draw(st.integers(0, 70))
     if scheme.misfit(n, k):
-        k = k // 10 * scheme.block.columns
+        k = k // 20 * scheme.block.columns
     generator = torch.Generator().manual_seed(draw(seeds))
     weight = torch.randn(n, k, generator=generator) * draw(st.sampled_from([1e-5, 1.0, 30.0]))
     special = draw(st.sampled_from(["none", "zero", "constant", "outlier", "positive"]))
@@ -70,13 +76,22 @@ def block_of(scheme: Scheme, n: int, k: int) -> Tensor:
     return i // rows * math.ceil(k / columns) + j // columns
 
 
+def fields_of(plane: Tensor, scheme: Scheme, k: int) -> Tensor:
+    """What is packed into a plane of codes or zeros, one each."""
+    if not scheme.spec.trits:
+        return bits_of(plane, scheme.spec.bits, k)
+    return torch.stack([plane.long() // 3**i % 3 for i in range(5)], -1).flatten(-2)[..., :k]
+
+
 def integers_of(plane: Tensor, scheme: Scheme, n: int, k: int) -> Tensor:
     element = scheme.spec
-    return plane.long() if element.dtype is not None else bits_of(plane, element.bits, k) + element.low
+    return plane.long() if element.dtype is not None else fields_of(plane, scheme, k) + element.low
 
 
 def scales_of(planes: dict[str, Tensor], scheme: Scheme) -> Tensor:
     """The scales of all blocks, float64."""
+    if SCALE_TYPES[scheme.scale].kind == "power":
+        return 2.0 ** (planes["scales"].double().flatten() - 127)
     if not scheme.double:
         return planes["scales"].double().flatten()
     second = planes["scale_scales"].repeat_interleave(DOUBLE_QUANT_BLOCK)[: planes["scales"].numel()]
@@ -88,9 +103,9 @@ def values_of(planes: dict[str, Tensor], scheme: Scheme, n: int, k: int) -> Tens
     """What the codes stand for before the scale, float64."""
     match scheme.spec.kind:
         case "table":
-            return torch.tensor(scheme.spec.values).double()[bits_of(planes["codes"], 4, k)]
+            return torch.tensor(scheme.spec.values).double()[fields_of(planes["codes"], scheme, k)]
         case "float":
-            return planes["codes"].view(torch.float8_e4m3fn).double()
+            return planes["codes"].view(scheme.spec.float_dtype).double()
     values = integers_of(planes["codes"], scheme, n, k).double()
     if scheme.zero == "none":
         return values
@@ -115,7 +130,7 @@ def levels(scheme: Scheme) -> Tensor:
         case "table":
             return torch.tensor(scheme.spec.values).double()
         case "float":
-            values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+            values = torch.arange(256, dtype=torch.uint8).view(scheme.spec.float_dtype).double()
             return values[values.isfinite()]
     return torch.arange(scheme.spec.low, scheme.spec.high + 1).double()
 
@@ -128,6 +143,12 @@ def block_errors(weight: Tensor, planes: dict[str, Tensor], scheme: Scheme) -> T
         .double()
         .index_add_(0, block_of(scheme, n, k).flatten(), squares)
     )
+
+
+def in_pieces(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Work on so many weights at a time."""
+    for module in (encode, decode, finite):
+        patch.setattr(module, "budget", lambda device: size)
 
 
 def gaussian(n: int, k: int, seed: int = 0) -> Tensor:
@@ -186,8 +207,9 @@ def test_every_code_is_the_nearest_one(case):
 def test_zero_stays_zero(case):
     spelling, weight, search = case
     scheme = Scheme.parse(spelling)
-    planes = quantize(weight, scheme, search)
-    assert (dequantize(planes, scheme, *weight.shape)[weight == 0] == 0).all()
+    if (levels(scheme) == 0).any():
+        planes = quantize(weight, scheme, search)
+        assert (dequantize(planes, scheme, *weight.shape)[weight == 0] == 0).all()
 
 
 @settings(deadline=None, max_examples=300)
@@ -230,7 +252,7 @@ def test_error_on_normal_weights(spelling, percent):
     assert squared_error(weight, quantize(weight, scheme), scheme) * 100 <= percent
 
 
-@pytest.mark.parametrize("search", SCALE_SEARCHES)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize(
     "worse_to_better",
     [
@@ -290,9 +312,9 @@ def test_powers_of_two_move_into_the_scales(spelling, search, seed, power):
 def test_results_do_not_depend_on_the_size_of_pieces(case, size):
     spelling, weight, _ = case
     scheme = Scheme.parse(spelling)
-    whole = {search: quantize(weight, scheme, search) for search in SCALE_SEARCHES}
+    whole = {search: quantize(weight, scheme, search) for search in SEARCHES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "budget", lambda device: size)
+        in_pieces(patch, size)
         for name, plane in quantize(weight, scheme, "absmax").items():
             assert torch.equal(plane.view(torch.uint8), whole["absmax"][name].view(torch.uint8))
         planes = quantize(weight, scheme)
@@ -307,10 +329,8 @@ def test_results_do_not_depend_on_the_size_of_pieces(case, size):
 
 @pytest.mark.parametrize("name", [name for name, element in ELEMENTS.items() if element.kind == "table"])
 def test_no_bin_of_a_table_holds_two_bounds(name):
-    """What makes one comparison enough; a table with closer values needs more bins."""
-    values = torch.tensor(ELEMENTS[name].values).sort().values
-    bounds = (values[:-1] + values[1:]) / 2
-    assert (tables._bin(bounds, torch.empty_like(bounds)).diff() > 0).all()
+    """What makes one comparison enough; a table with closer values needs more bins, or is slower."""
+    assert tables.Tables(ELEMENTS[name], torch.device("cpu"))._binned
 
 
 class LargestResult(TorchDispatchMode):
@@ -329,12 +349,12 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("search", SCALE_SEARCHES)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("spelling", ["int4-g32", "int8", "int4-tensor", "uint4-b32x32", "nf4-flat96", "nf4-dq", "fp8"])
 @pytest.mark.parametrize("layout", ["rows", "columns", "one row"])
 def test_memory_is_bounded(monkeypatch, spelling, search, layout):
     size, scheme = 2048, Scheme.parse(spelling)
-    monkeypatch.setattr(codec, "budget", lambda device: size)
+    in_pieces(monkeypatch, size)
     weight = gaussian(256, 512).bfloat16()
     if layout == "columns":
         weight = gaussian(512, 256).bfloat16().t()
@@ -358,14 +378,14 @@ def test_extreme_magnitudes_stay_finite(spelling, dtype):
     for magnitude in (5e-324, 1e-45, 1e-40, 1e-30, 1e30, 3e38, 1e300):
         weight = (gaussian(9, 384).clamp(-1, 1).double() * magnitude).clamp(-limit, limit).to(dtype)
         assert all_finite(weight)
-        for search in SCALE_SEARCHES:
+        for search in SEARCHES:
             planes = quantize(weight, scheme, search)
             assert all(plane.float().isfinite().all() for plane in planes.values())
             assert dequantize(planes, scheme, 9, 384).isfinite().all()
 
 
-@pytest.mark.parametrize("search", SCALE_SEARCHES)
-@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if "fp16" not in s])
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if Scheme.parse(s).scale in ("fp32", "bf16")])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_large_and_small_weights_are_as_good_as_others(spelling, magnitude, search):
     scheme, weight = Scheme.parse(spelling), gaussian(9, 384)
@@ -378,12 +398,12 @@ def test_subnormal_bfloat16_weights():
     assert (weight.float().abs() < torch.finfo(torch.bfloat16).smallest_normal).all()
     for spelling in ("int4", "nf4", "fp8", "nf4-dq"):
         scheme = Scheme.parse(spelling)
-        for search in SCALE_SEARCHES:
+        for search in SEARCHES:
             assert squared_error(weight, quantize(weight, scheme, search), scheme) <= 1
 
 
-@pytest.mark.parametrize("search", SCALE_SEARCHES)
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if Scheme.parse(s).scale != "e8m0"])
 @pytest.mark.parametrize("value", [0.37, -0.37])
 def test_equal_weights_are_kept(spelling, search, value):
     """To the precision of the scale."""
@@ -423,7 +443,7 @@ def test_squared_error_is_the_error(case):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_weight_of_zeros(spelling):
     scheme, weight = Scheme.parse(spelling), torch.zeros(5, 384)
-    for search in SCALE_SEARCHES:
+    for search in SEARCHES:
         planes = quantize(weight, scheme, search)
         assert squared_error(weight, planes, scheme) == 0
         assert torch.equal(dequantize(planes, scheme, 5, 384), weight)
@@ -507,7 +527,7 @@ def test_planes_that_do_not_fit_are_refused(broken):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (300,), (7, 300), (2, 3, 50), (1, 1, 1, 9)])
 def test_all_finite(dtype, shape, monkeypatch):
-    monkeypatch.setattr(codec, "budget", lambda device: 64)
+    in_pieces(monkeypatch, 64)
     weight = torch.randn(shape).to(dtype)
     assert all_finite(weight)
     for bad in (math.nan, math.inf, -math.inf):

@@ -16,13 +16,15 @@ import fxquant.passes
 
 FLOORS: list[set[str]] = [
     {"errors", "tables", "unchanged", "capture_errors", "graph_layout", "inductor", "demo_data"},
-    {"listing"},
-    {"scheme", "bits", "patterns", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
-    {"codecs", "torchao_configs", "graph_picture", "graph_view"},
-    {"ops", "plans", "rule", "histories"},
+    {"listing", "bits"},
+    {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
+    {"native"},
+    {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view"},
+    {"quantized_matmul", "op_arguments"},
+    {"ops", "plans", "rule", "histories", "checkpoints"},
     {"modules", "legality", "misfits", "presets", "progress"},
     {"rewrite", "linears", "recipe_yaml", "recipe_tables", "model_tensors"},
-    {"passes", "recipe", "graph_capture", "dataflow", "install", "model_index"},
+    {"passes", "calibration", "recipe", "graph_capture", "dataflow", "install", "model_index"},
     {"compiler", "unused_rules", "reports", "model_files"},
     {"select", "checkpoint_tables"},
     {"api"},
@@ -56,6 +58,14 @@ def test_every_module_has_one_floor() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"passes", "demo_data"}
     assert set(FLOOR) == set(FILES) | packages
     assert sum(len(floor) for floor in FLOORS) == len(FLOOR)
+
+
+def test_every_package_is_installed() -> None:
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    listed = set(re.findall(r'^    "(fxquant[\w.]*)",$', text.split("[tool.setuptools]")[1], flags=re.M))
+    folders = {path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("*.py") if "tests" not in path.parts}
+    found = {".".join(folder.parts) for folder in folders} | {"fxquant.passes", "fxquant.demo_data"}
+    assert {name for name in found if not name.startswith("fxquant.demo_data.")} == listed
 
 
 @pytest.mark.parametrize("name", sorted(FLOOR))

@@ -58,4 +58,4 @@ def test_peak_is_the_model_and_its_largest_layer_twice(recipe: str) -> None:
     assert measured["size"] > 1e9
     assert measured["peak"] <= 2 * measured["largest"]
     # and the memory of the old weights is given back to the system
-    assert measured["after"] <= -0.7 * measured["saved"]
+    assert measured["after"] <= -0.6 * measured["saved"]

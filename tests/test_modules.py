@@ -34,6 +34,11 @@ def test_weight_is_the_dequantized_weight() -> None:
     torch.testing.assert_close(new(x), nn.functional.linear(x, expected, linear.bias))
 
 
+def test_its_input_has_the_name_that_nn_linear_gives_it() -> None:
+    new, x = quantized(nn.Linear(64, 24)), torch.randn(3, 64)
+    assert torch.equal(new(input=x), new(x))
+
+
 def test_what_was_on_the_module_stays() -> None:
     linear = nn.Linear(64, 24)
     calls: list[str] = []

@@ -55,13 +55,18 @@ def test_python_blocks_make_what_they_say(ran: tuple[ModuleType, str]) -> None:
 
 
 def test_printed_tables_are_what_is_printed(ran: tuple[ModuleType, str]) -> None:
-    printed = {" ".join(line.split()) for line in ran[1].splitlines()}
+    printed = {_line(line) for line in ran[1].splitlines()}
     for title in ("plan", "report"):
         (block,) = (block for block in blocks("text") if block.startswith(title))
-        lines = {" ".join(line.split()) for line in block.splitlines()}
+        lines = {_line(line) for line in block.splitlines()}
         shown = {line for line in lines if line and not line.startswith(("...", "─"))}  # a rule is as wide as its table
         assert len(shown) > 5
         assert shown <= printed
+
+
+def _line(line: str) -> str:
+    """Without widths, and errors to two digits: with a C++ compiler and without, the third may differ."""
+    return " ".join(re.sub(r"(\d\.\d)\d(e-\d\d)", r"\1\2", line).split())
 
 
 def test_before_and_after_are_from_the_history(ran: tuple[ModuleType, str]) -> None:

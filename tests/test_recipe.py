@@ -103,7 +103,7 @@ def test_a_rule_prints_as_one_line_and_as_an_expression() -> None:
         (lambda: Rule("*", "int4", max_size=True), "got True"),
         (lambda: Rule("*", "int4", min_size=5, max_size=3), "fits no layer: min_size 5 is larger than max_size 3"),
         (lambda: Rule("*", "int4", scale="absmaks"), "by 'absmaks'; did you mean absmax"),
-        (lambda: Rule("*", "int4", scale=3), "by 3\n  ways: absmax, least_squares"),  # type: ignore[arg-type]
+        (lambda: Rule("*", "int4", scale=3), "by 3\n  ways: absmax, minmax, least_squares"),  # type: ignore[arg-type]
         (lambda: Rule("*", "int4", optional="yes"), "optional is True or False, got 'yes'"),  # type: ignore[arg-type]
         (lambda: Recipe([]), "a recipe without rules does nothing"),
         (lambda: Recipe("int4"), "the rules of a recipe are a list, got 'int4'"),  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from fxquant.torchao_configs import is_torchao_config, scheme_of_torchao
 ao = pytest.importorskip("torchao.quantization")
 primitives = pytest.importorskip("torchao.quantization.quant_primitives")
 ASYMMETRIC = primitives.MappingType.ASYMMETRIC
+SYMMETRIC = primitives.MappingType.SYMMETRIC
 
 
 def configs() -> list[tuple[Any, str]]:
@@ -35,6 +37,10 @@ def configs() -> list[tuple[Any, str]]:
         (ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), ASYMMETRIC), "int4-g32-asym"),
         (ao.IntxWeightOnlyConfig(torch.int4, ao.PerAxis(0), scale_dtype=torch.float16), "int4-row-fp16"),
         (ao.IntxWeightOnlyConfig(torch.int8, ao.PerGroup(64), scale_dtype=torch.float32), "int8-g64-fp32"),
+        (ao.IntxWeightOnlyConfig(torch.int3, ao.PerGroup(32)), "int3-g32"),
+        (ao.IntxWeightOnlyConfig(torch.int2, ao.PerGroup(64), ASYMMETRIC), "int2-g64-asym"),
+        (ao.Int8DynamicActivationInt8WeightConfig(), "int8+int8"),
+        (ao.Int8DynamicActivationInt8WeightConfig(granularity=[ao.PerRow(), ao.PerTensor()]), "int8-tensor+int8"),
     ]
 
 
@@ -71,13 +77,11 @@ def test_int4_is_asymmetric_in_groups(size: int, packing: str) -> None:
 @pytest.mark.parametrize(
     ("config", "fact"),
     [
-        (
-            ao.Int8DynamicActivationInt8WeightConfig(),
-            "no scheme equals torchao's Int8DynamicActivationInt8WeightConfig",
-        ),
-        (ao.IntxWeightOnlyConfig(torch.int3), "IntxWeightOnlyConfig with weight_dtype=torch.int3"),
+        (ao.Int8DynamicActivationInt8WeightConfig(act_mapping_type=ASYMMETRIC), "act_mapping_type=ASYMMETRIC"),
+        (ao.Int8DynamicActivationIntxWeightConfig(), "act_mapping_type=ASYMMETRIC"),
+        (ao.IntxWeightOnlyConfig(torch.int1), "IntxWeightOnlyConfig with weight_dtype=torch.int1"),
         (ao.IntxWeightOnlyConfig(scale_dtype=torch.float64), "scale_dtype=torch.float64"),
-        (ao.Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2), "weight_dtype=torch.float8_e5m2"),
+        (ao.Float8WeightOnlyConfig(weight_dtype=torch.float16), "weight_dtype=torch.float16"),
         (ao.Int8WeightOnlyConfig(granularity=ao.PerRow(0)), r"granularity=PerRow\(dim=0\)"),
         (ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(0)), "group size 0"),
         (ao.FqnToConfig({}), "FqnToConfig"),
@@ -92,7 +96,30 @@ def test_the_error_names_the_known_configs() -> None:
     with pytest.raises(
         SchemeError, match=r"did you mean.*\n  known configs: Int8WeightOnlyConfig, Int4WeightOnlyConfig, Int"
     ):
-        scheme_of_torchao(ao.Int8DynamicActivationIntxWeightConfig())
+        scheme_of_torchao(ao.Int8StaticActivationInt8WeightConfig(act_quant_scale=torch.ones(1)))
+
+
+def test_configs_that_torchao_itself_wants_a_gpu_for() -> None:
+    block = [types.SimpleNamespace(block_size=shape) for shape in ((1, 128), (128, 128))]
+    for config, spelling in (
+        ({"granularity": [ao.PerRow(), ao.PerRow()]}, "fp8+fp8"),
+        ({"granularity": [type("PerBlock", (), vars(b))() for b in block]}, "fp8-b128x128-fp32+fp8-g128"),
+    ):
+        fields = {"weight_dtype": torch.float8_e4m3fn, "activation_dtype": torch.float8_e4m3fn, **config}
+        made = object.__new__(ao.Float8DynamicActivationFloat8WeightConfig)
+        made.__dict__.update(fields)
+        assert str(scheme_of_torchao(made)) == spelling
+
+
+def test_activations_beside_small_integers() -> None:
+    config = ao.Int8DynamicActivationIntxWeightConfig(torch.int4, ao.PerGroup(32), act_mapping_type=SYMMETRIC)
+    assert str(scheme_of_torchao(config)) == "int4-g32+int8"
+
+
+def test_nvfp4() -> None:
+    formats = pytest.importorskip("torchao.prototype.mx_formats")
+    assert str(scheme_of_torchao(formats.NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=True))) == "nvfp4"
+    assert str(scheme_of_torchao(formats.NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=False))) == "e2m1-g16-e4m3"
 
 
 def test_configs_stand_wherever_a_scheme_does() -> None:

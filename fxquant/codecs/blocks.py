@@ -26,13 +26,13 @@ def budget(device: torch.device) -> int:
     return 1 << 22
 
 
-def areas(n: int, k: int, size: int) -> Iterator[Area]:
-    """Cut `[n, k]` into areas of about `size` weights: whole rows, or ranges of one row, on multiples of 8 columns."""
+def areas(n: int, k: int, size: int, alignment: int = 8) -> Iterator[Area]:
+    """Cut `[n, k]` into areas of about `size` weights: whole rows, or parts of a row, on multiples of `alignment`."""
     if k <= size:
         step = size // max(k, 1)
         yield from ((r, min(r + step, n), 0, k) for r in range(0, n if k else 0, step))
     else:
-        step = max(size // 8 * 8, 8)
+        step = max(size // alignment * alignment, alignment)
         yield from ((r, r + 1, c, min(c + step, k)) for r in range(n) for c in range(0, k, step))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, Protocol
 
 import torch
@@ -74,6 +75,12 @@ def bounded(scale: Tensor) -> Tensor:
 def reciprocal(scale: Tensor) -> Tensor:
     """`1 / bounded(scale)`: always finite."""
     return bounded(scale).reciprocal_()
+
+
+@functools.lru_cache(maxsize=16)
+def float_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the 256 bit patterns of an 8-bit float stand for, float32."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).to(torch.float32)
 
 
 def look_up(codes: Tensor, table: Tensor) -> Tensor:

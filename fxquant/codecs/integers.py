@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxquant.scheme import Element
+from fxquant.scheme import Element, Zero
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Integers:
     """`(code - zero) * scale`."""
 
     element: Element
-    asymmetric: bool
+    zero: Zero
     floor: ClassVar[float] = torch.finfo(torch.float32).smallest_normal
     divides: ClassVar[bool] = False
     top: ClassVar[float] = 1.05
@@ -35,7 +35,7 @@ class Integers:
         weight is within half a step. Asymmetric: `ASYMMETRIC`, with an integer zero point in the range of the codes.
         """
         smallest, largest = self.element.low, self.element.high
-        if not self.asymmetric:
+        if self.zero == "none":
             scale = torch.maximum(low / float(smallest), high / float(largest))
             return scale.clamp_(min=self.floor), None
         scale = ((high - low) / float(largest - smallest)).clamp_(min=self.floor)
@@ -43,14 +43,17 @@ class Integers:
 
     def unit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Range divided by steps. Its sign gives the one more negative code to the side with the larger weights."""
-        if self.asymmetric:
+        if self.zero != "none":
             return self.absmax(low, high)
         scale = torch.maximum(-low, high) / self.extent
         return torch.where(high > -low, -scale, scale), None
 
     def encode(self, t: Tensor, zero: Tensor | None) -> Tensor:
-        """Round half to even, add the zero, clamp."""
-        codes = t.round_() if zero is None else t.round_().add_(zero)
+        """Round half to even and add the zero, an integer; or add a zero that is none, and round. Then clamp."""
+        if zero is not None and self.zero == "float":
+            codes = t.add_(zero).round_()
+        else:
+            codes = t.round_() if zero is None else t.round_().add_(zero)
         codes.clamp_(self.element.low, self.element.high)
         if self.element.dtype is not None:
             return codes.to(self.element.dtype)
@@ -58,7 +61,7 @@ class Integers:
 
     def decode(self, codes: Tensor) -> Tensor:
         """The integers as float32."""
-        values = codes.to(torch.float32)
+        values = codes.to(torch.float32, copy=True)
         return values if self.element.dtype is not None else values.add_(self.element.low)
 
     def project(self, t: Tensor, zero: Tensor | None, out: Tensor, spare: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,11 +13,27 @@ from torch import Tensor
 from fxquant.codecs.blocks import Batch
 from fxquant.codecs.family import Family, bounded, reciprocal
 from fxquant.codecs.scales import ScaleFormat
+from fxquant.scheme import Element
 
 # Uniform quantizers of normal weights clip best at 2.6 (4 bits) to 4 (8 bits) standard deviations: the search goes down
 # to 1.9 (4 bits) to 3.1 (8 bits), and always to 0.85 of the range.
 _DEVIATIONS, _OFFSET = 0.3, 0.7
 _LOWEST, _HIGHEST = 1e-4, 0.85
+_FEW = 3
+"""Bits of integers for which both signs of a scale are tried."""
+
+ScaleSearch = Literal[
+    "absmax",
+    "minmax",
+    "least_squares",
+    "hqq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "torchao",
+    "torchao-no-clipping",
+    "gguf",
+]
+SCALE_SEARCHES: tuple[ScaleSearch, ...] = get_args(ScaleSearch)
 
 Weights = Callable[[], Iterator[Tensor]]
 """Gives the pieces of a batch, `[blocks, weights of the piece]`, in units of some scale per block."""
@@ -31,7 +48,7 @@ class Search:
 
     def absmax(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Stored scales and float32 zeros, `[blocks]`, by the absmax rule of the family."""
-        scale, zero = self.family.absmax(*_range(batch))
+        scale, zero = self.family.absmax(*extremes(batch))
         return self.format.store(scale, batch.at), zero
 
     def least_squares(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -40,25 +57,48 @@ class Search:
         Each scale of a grid gives codes q, and these have a best scale in closed form: `s = sum(w q) / sum(q^2)`, with
         an error of `sum(w^2) - sum(w q)^2 / sum(q^2)`. The best candidate is rounded and fitted once more, with the
         neighbouring zeros if there are zeros. For int4 and normal weights, 0.3 % above the least error there is.
+        Where scales are stored coarsely, the neighbours of the best are tried too; where few values lie differently on
+        either side of 0, scales of both signs.
         """
-        low, high = _range(batch)
+        low, high = extremes(batch)
         unit, zero = self.family.unit(low, high)
-        unit = bounded(unit)
+        unit = bounded(unit if self.format.signed else unit.abs())
         weights = batch.scaled(reciprocal(unit).unsqueeze(1))
+        fit = self._fitted(weights, zero)
+        found = self.format.store(fit.scale * unit, batch.at)
+        scale, spanning = self.family.absmax(low, high)
+        candidates = [(self.format.store(scale, batch.at), spanning), (found, fit.zero)]
+        if self.format.signed and zero is None and _lopsided(self.family.element):
+            turned = self._fitted(batch.scaled(reciprocal(-unit).unsqueeze(1)), zero)
+            candidates.append((self.format.store(turned.scale * -unit, batch.at), None))
+        if self.format.coarse:
+            candidates += [
+                (self.format.neighbour(near, step), offset) for near, offset in candidates[1:] for step in (-1, 1)
+            ]
+        return self._best(fit, candidates, unit, batch)
+
+    def _fitted(self, weights: Weights, zero: Tensor | None) -> _Fit:
         fit = _Fit(self.family, weights, zero)
         fit.grid()
         fit.polish()
-        found = self.format.store(fit.scale * unit, batch.at)
-        scale, zero = self.family.absmax(low, high)
-        spanning = self.format.store(scale, batch.at)
-        errors = [
-            fit.error(self.format.load(stored, batch.at) / unit, at_zero)
-            for stored, at_zero in ((found, fit.zero), (spanning, zero))
-        ]
-        better = errors[0] < errors[1]
-        if zero is not None and fit.zero is not None:
-            zero = torch.where(better, fit.zero, zero)
-        return torch.where(better, found, spanning), zero
+        return fit
+
+    def _best(
+        self, fit: _Fit, candidates: list[tuple[Tensor, Tensor | None]], unit: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of stored scales and zeros, those with the least error; of equal ones the first."""
+        (best, best_zero), least = candidates[0], None
+        for stored, zero in candidates:
+            error = fit.error(self.format.load(stored, batch.at) / unit, zero)
+            if least is None:
+                least = error
+                continue
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, stored, best)
+            if zero is not None and best_zero is not None:
+                best_zero = torch.where(better, zero, best_zero)
+        return best, best_zero
 
 
 class _Fit:
@@ -153,11 +193,21 @@ class _Fit:
         return _total(cross), _total(residual)
 
 
+def _lopsided(element: Element) -> bool:
+    """Whether the sign of a scale matters, and the range of a block does not tell which one is better.
+
+    Of 16 integers, one more on one side is worth having on the side of the largest weight.
+    """
+    if element.kind == "table":
+        return sorted(element.values) != sorted(-value for value in element.values)
+    return element.kind == "int" and element.low != -element.high and element.bits <= _FEW
+
+
 def _total(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-def _range(batch: Batch) -> tuple[Tensor, Tensor]:
+def extremes(batch: Batch) -> tuple[Tensor, Tensor]:
     """The smallest and largest weight of each block, 0 included."""
     lows, highs = [], []
     for piece in batch.pieces:
