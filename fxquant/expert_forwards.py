@@ -1,8 +1,9 @@
 """What experts compute, written with nothing but `experts.project`: the same for every container of experts.
 
-A container has `project(name, x, ids)`, the attributes and child modules of the class that it stands for, that class as
-`origin`, and its `layout`. `x` is `[T, K]` or, with a row per slot, `[T, k, K]`; `ids` `[T, k]`; the result `[T, k, N]`,
-zeros where an id names no expert.
+A container has `project(name, x, ids)`, the attributes and child modules of the class that it stands for, that class
+as `origin`, and its `layout`. `x` is `[T, K]` or, with a row per slot, `[T, k, K]`; `ids` `[T, k]`; the result
+`[T, k, N]`, zeros where an id names no expert. A parameter that holds several projections can be named instead of them:
+the result has the columns of all of them, in the order of the parameter's rows.
 """
 
 from __future__ import annotations

@@ -31,71 +31,32 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import expert_forwards
-from fxquant.errors import ModelError
+from fxquant.expert_layouts import (
+    ExpertsLayout,
+    Forward,
+    Projection,
+    expert_bias,
+    expert_name,
+    expert_weight,
+    stacked_weight,
+)
+
+__all__ = [
+    "ExpertSite",
+    "ExpertsAdapter",
+    "ExpertsLayout",
+    "Projection",
+    "expert_bias",
+    "expert_name",
+    "expert_weight",
+    "find_experts",
+    "find_unread_experts",
+    "layout_of",
+    "register_experts",
+    "stacked_weight",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One kind of matrix that every expert has, and where it lies in a stacked parameter."""
-
-    name: str
-    """As checkpoints on the hub call it: `gate_proj`, `up_proj`, `down_proj`."""
-    parameter: str
-    """Name of the parameter within the experts module: `[E, N, K]`, or `[E * N, K]` with the experts one below the
-    other; dotted where a child module holds it."""
-    transposed: bool = False
-    """The parameter is `[E, K, N]`."""
-    part: int = 0
-    """Which of the equal parts of the parameter's N rows."""
-    parts: int = 1
-    interleaved: bool = False
-    """Parts alternate row by row; otherwise they stand one below the other."""
-    bias: str | None = None
-    """Name of a parameter `[E, N]`, whose columns belong together as the rows of the weight do."""
-
-    def rows(self, n: int) -> slice:
-        """Which of the parameter's n rows are those of the projection."""
-        if self.interleaved:
-            return slice(self.part, None, self.parts)
-        return slice(n // self.parts * self.part, n // self.parts * (self.part + 1))
-
-
-Forward = Callable[..., Tensor]
-"""`forward(experts, *args)`, see `fxquant.expert_forwards`."""
-
-
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """Where the matrices of all experts of one module lie, and what is computed with them."""
-
-    experts: int
-    """How many there are."""
-    projections: tuple[Projection, ...]
-    """In the order in which they are used; parts of one parameter stand together."""
-    forward: Forward = expert_forwards.by_convention
-
-    def __contains__(self, name: str) -> bool:
-        """Whether there is a projection of this name."""
-        return any(p.name == name for p in self.projections)
-
-    def projection(self, name: str) -> Projection:
-        """The projection of this name.
-
-        Raises:
-            ModelError: there is none.
-        """
-        for found in self.projections:
-            if found.name == name:
-                return found
-        raise ModelError(
-            f"experts have no projection {name!r}\n  they have: {', '.join(p.name for p in self.projections)}"
-        )
-
-    def parts(self, parameter: str) -> tuple[Projection, ...]:
-        """The projections that a parameter holds, in order of their parts; none where there is no such parameter."""
-        return tuple(sorted((p for p in self.projections if p.parameter == parameter), key=lambda p: p.part))
 
 
 @dataclass(frozen=True)
@@ -128,34 +89,6 @@ class ExpertSite:
         for e in range(self.layout.experts):
             for projection in self.layout.projections:
                 yield expert_name(self.name, e, projection.name), e, projection
-
-
-def expert_name(module_name: str, e: int, projection: str) -> str:
-    """The name of one matrix of one expert: `<module>.<e>.<projection>`."""
-    return f"{module_name}.{e}.{projection}".lstrip(".")
-
-
-def expert_weight(module: nn.Module, layout: ExpertsLayout, projection: str, e: int) -> Tensor:
-    """The `[N, K]` matrix of one expert: a view of the module's own parameter, never a copy."""
-    found = layout.projection(projection)
-    matrix = stacked_weight(module, layout, found.parameter)[e]
-    return matrix[found.rows(matrix.shape[0])]
-
-
-def expert_bias(module: nn.Module, layout: ExpertsLayout, projection: str, e: int) -> Tensor | None:
-    """The `[N]` bias of one matrix of one expert, a view; None where there is none."""
-    found = layout.projection(projection)
-    if found.bias is None:
-        return None
-    bias = module.get_parameter(found.bias)[e]
-    return bias[found.rows(bias.shape[0])]
-
-
-def stacked_weight(module: nn.Module, layout: ExpertsLayout, parameter: str) -> Tensor:
-    """`[E, N, K]`: a parameter with all its parts, as a view."""
-    found, tensor = layout.parts(parameter)[0], module.get_parameter(parameter)
-    stack = tensor.view(layout.experts, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
-    return stack.transpose(1, 2) if found.transposed else stack
 
 
 _ADAPTERS: dict[str, ExpertsAdapter] = {
@@ -219,6 +152,8 @@ def layout_of(module: nn.Module) -> ExpertsLayout | str | None:
     adapter = next((_ADAPTERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _ADAPTERS), None)
     if adapter is None and not _is_conventional(module):
         return None
+    if all(parameter is None for parameter in module.parameters()):
+        return None  # LongCat has layers in which every expert is an identity
     adapter = adapter or ExpertsAdapter()
     projections = adapter.projections or _conventional(module)
     if isinstance(projections, str):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant import native
 from fxquant.activation_codecs import CODE_DTYPES
 from fxquant.activation_codecs import quantize_activation as encode_activation
 from fxquant.codecs import dequantize as decode
@@ -45,7 +46,8 @@ def linear(
 ) -> Tensor:
     """`x @ W.T + bias`, accumulated in float32, rounded once to the dtype of x.
 
-    Under a scheme that leaves activations alone W is `dequantize(planes)` in the dtype of x. Under one that quantizes
+    Under a scheme that leaves activations alone W is `dequantize(planes)` in the dtype of x, or in float32 where a CPU
+    multiplies few rows of x without decoding the weight first, see `fxquant.native.linear`. Under one that quantizes
     them, x is what its codes and scales stand for, float32, see `fxquant.activation_codecs.quantize_activation`: a
     scale per token, per group of features or the plane `input_scale` (which clips); features that the scheme counts as
     outliers are x itself. W is dequantized to float32 there. Against the same sum in exact arithmetic, y is off by
@@ -74,7 +76,7 @@ def linear(
     activation = parsed.activation
     if activation is None:
         outputs = [
-            F.linear(x, decode(part, parsed, n, k, x.dtype), _bias(biases, i, x.dtype))
+            _on_floats(x, part, parsed, n, _bias(biases, i, x.dtype))
             for i, (part, n) in enumerate(zip(parts, rows, strict=True))
         ]
         return _side_by_side(outputs)
@@ -85,6 +87,11 @@ def linear(
         for i, (part, n) in enumerate(zip(parts, rows, strict=True))
     ]
     return _side_by_side(outputs)
+
+
+def _on_floats(x: Tensor, planes: dict[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor:
+    y = native.linear(x, planes, scheme, n, bias)
+    return F.linear(x, decode(planes, scheme, n, x.shape[-1], x.dtype), bias) if y is None else y
 
 
 def _side_by_side(outputs: list[Tensor]) -> Tensor:

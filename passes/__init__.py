@@ -6,6 +6,7 @@ if __name__ != "fxquant.passes":
 from fxquant.passes.drop_noops import DropNoops
 from fxquant.passes.linear_to_quantized import LinearToQuantized
 from fxquant.passes.merge_siblings import MergeSiblings
+from fxquant.passes.sequentialize_experts import SequentializeExperts
 from fxquant.passes.share_activation_quant import ShareActivationQuant
 from fxquant.rewrite import Pass
 
@@ -24,4 +25,12 @@ COMPILE: tuple[Pass, ...] = (
 )
 """What `torch.compile(model, backend="fxquant")` runs over the graph that Dynamo gives it."""
 
-__all__ = ["COMPILE", "DEFAULT", "DropNoops", "LinearToQuantized", "MergeSiblings", "ShareActivationQuant"]
+__all__ = [
+    "COMPILE",
+    "DEFAULT",
+    "DropNoops",
+    "LinearToQuantized",
+    "MergeSiblings",
+    "SequentializeExperts",
+    "ShareActivationQuant",
+]

@@ -1,6 +1,7 @@
 """Scales of two levels: nvfp4, GGUF's K-quants, and what else can be spelled."""
 
 import ctypes
+import math
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from plane_reference import assert_nearest, block_errors, codes, decoded, first_level, parts
 from torch import Tensor
 
+from fxquant import native
 from fxquant.codecs import dequantize, quantize, squared_error
 from fxquant.codecs.second_level import Groups
 from fxquant.errors import SchemeError
@@ -227,10 +229,12 @@ def test_more_bits_are_better():
         assert errors == sorted(errors, reverse=True)
 
 
-def test_a_band_knows_nothing_of_the_others():
+@pytest.mark.parametrize("compiled_from", [0, math.inf])
+def test_a_band_knows_nothing_of_the_others(compiled_from):
     """However many rows there are: each has the planes that it has alone."""
     scheme, weight = Scheme.parse("q4_k"), gaussian(700, 512)
-    whole, part = quantize(weight, scheme), quantize(weight[650:653], scheme)
+    with native.from_size(compiled_from):
+        whole, part = quantize(weight, scheme), quantize(weight[650:653], scheme)
     assert all(torch.equal(whole[name][650:653], part[name]) for name in part)
 
 

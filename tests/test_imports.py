@@ -15,15 +15,16 @@ import fxquant
 import fxquant.passes
 
 FLOORS: list[set[str]] = [
-    {"errors", "tables", "unchanged", "capture_errors", "graph_layout", "inductor", "demo_data"},
-    {"listing", "bits"},
+    {"errors", "tables", "unchanged", "capture_errors", "graph_layout", "inductor", "demo_data", "expert_forwards"},
+    {"listing", "bits", "expert_layouts"},
     {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
-    {"native"},
+    {"native", "experts", "expert_containers"},
     {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view"},
-    {"quantized_matmul", "op_arguments"},
-    {"ops", "plans", "rule", "histories", "checkpoints"},
-    {"modules", "legality", "misfits", "presets", "progress"},
-    {"rewrite", "linears", "recipe_yaml", "recipe_tables", "model_tensors"},
+    {"quantized_matmul", "op_arguments", "plane_stacks"},
+    {"expert_matmul"},
+    {"ops", "plans", "rule", "histories", "checkpoints", "expert_stacks"},
+    {"modules", "legality", "misfits", "presets", "progress", "expert_ops"},
+    {"rewrite", "linears", "recipe_yaml", "recipe_tables", "model_tensors", "sequential_experts", "expert_modules"},
     {"passes", "calibration", "recipe", "graph_capture", "dataflow", "install", "model_index"},
     {"compiler", "unused_rules", "reports", "model_files"},
     {"select", "checkpoint_tables"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +59,35 @@ def squared_error(weight: Tensor, planes: Mapping[str, Tensor], scheme: Scheme) 
     Summed in float64, without a second copy of the weight.
     """
     n, k = weight.shape
-    decoder = Decoder(planes, scheme, n, k, grid_of(planes, scheme, n, k), family_of(scheme, weight.device))
     sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    for area in areas(n, k, budget(weight.device), alignment(scheme)):
-        values, at = decoder.weights(area)
+    for area, values, at in _decoded(planes, scheme, n, k, weight.device):
         w = weight[area[0] : area[1], at].to(torch.float64)
-        sums += torch.stack([torch.linalg.vector_norm(x) for x in (w - values, w)]).square_()
+        # Both converted first: an operation on two dtypes is several times slower.
+        off = values.to(torch.float64).sub_(w)
+        sums += torch.stack([torch.linalg.vector_norm(x) for x in (off, w)]).square_()
     error, norm = sums.tolist()
     return error / norm if norm else 0.0
+
+
+def _decoded(
+    planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, device: torch.device
+) -> Iterator[tuple[Area, Tensor, Tensor | slice]]:
+    """Areas, float32 weights of them, and the columns of the weight that they are."""
+    size, start = budget(device), 0
+    step = min(size // max(k, 1), n)
+    buffer = torch.empty((step, k), device=device)
+    while start < n and step:
+        rows = buffer[: n - start]
+        if not native.dequantize(planes, scheme, n, k, start, rows):
+            break
+        yield (start, start + len(rows), 0, k), rows, slice(None)
+        start += step
+    if start >= n:
+        return
+    decoder = Decoder(planes, scheme, n, k, grid_of(planes, scheme, n, k), family_of(scheme, device))
+    for r0, r1, c0, c1 in areas(n - start, k, size, alignment(scheme)):
+        area = (start + r0, start + r1, c0, c1)
+        yield area, *decoder.weights(area)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ class Double:
         t.nan_to_num_(nan=-1.0).clamp_(-1, 1)
         # One rounding for product and sum, as its compiler makes of it.
         levels = t.add_(1.0).mul_(0.5).to(torch.float64).mul_(_LEVELS - 1).add_(0.5).to(torch.float32).to(torch.int32)
-        return self._codes_by_level.index_select(0, levels)
+        return self.codes_by_level.index_select(0, levels)
 
     def load(self, stored: Tensor, at: Grid) -> Tensor:
         """A part of the plane in float32: `map[code] * scale + offset`."""
-        values = self._map.index_select(0, stored.to(torch.int32))
+        values = self.values.index_select(0, stored.to(torch.int32))
         return values * self._spread(self.scale_scales, at) + self.offset
 
     def neighbour(self, stored: Tensor, step: int) -> Tensor:
@@ -44,11 +44,13 @@ class Double:
         return (stored.to(torch.int16) + step).clamp_(0, 255).to(torch.uint8)
 
     @functools.cached_property
-    def _map(self) -> Tensor:
+    def values(self) -> Tensor:
+        """What each code stands for, float32 `[256]`."""
         return dynamic_map().to(self.offset.device)
 
     @functools.cached_property
-    def _codes_by_level(self) -> Tensor:
+    def codes_by_level(self) -> Tensor:
+        """The code of each level, uint8 `[65536]`."""
         return _codes_by_level().to(self.offset.device)
 
     def _spread(self, values: Tensor, at: Grid) -> Tensor:

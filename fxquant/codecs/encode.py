@@ -71,7 +71,7 @@ def quantize(
         fill(rule, search, weight, scheme, planes)
         return planes
     search = "absmax" if search in RULES else search
-    if native.quantize(weight, scheme, search, planes):
+    if native.quantize(weight, scheme, search, planes, double):
         return planes
     family = family_of(scheme, weight.device)
     grid = _grid(weight, scheme, family, search, planes)
@@ -169,7 +169,7 @@ def _choose(weight: Tensor, scheme: Scheme, search: Search, name: ScaleSearch, s
         if zeros is not None and zero is not None:
             codes = zero if element.dtype is not None else zero - element.low
             zeros[batch.at] = codes.to(zeros.dtype).view(zeros[batch.at].shape)
-    if name == "absmax" and scheme.block.flat and weight.numel() % scheme.block.columns:
+    if name == "absmax" and scales.is_floating_point() and scheme.block.flat and weight.numel() % scheme.block.columns:
         scales[-1:].clamp_(min=TINY)  # bitsandbytes stores no 0 for a last, shorter block, and for all others it does
     return Grid(scheme, Level(search.format, scales), zeros)
 

@@ -20,8 +20,9 @@ class Floats:
     device: torch.device
     floor: ClassVar[float] = torch.finfo(torch.float32).smallest_normal
     divides: ClassVar[bool] = True
-    top: ClassVar[float] = 1.1
-    tries: ClassVar[int] = 4
+    # The relative error of floats repeats with every octave.
+    top: ClassVar[float] = 2.0
+    tries: ClassVar[int] = 8
 
     @property
     def extent(self) -> float:

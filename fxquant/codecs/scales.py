@@ -82,7 +82,8 @@ class SmallFloat:
 
     def store(self, scales: Tensor, at: Grid) -> Tensor:
         """Float32 scales, rounded."""
-        return scales.clamp(-self.limit, self.limit).to(self.dtype).view(torch.uint8)
+        # Adding 0 leaves one pattern for a block of zeros, whichever sign the largest of them was found to have.
+        return scales.clamp(-self.limit, self.limit).add_(0.0).to(self.dtype).view(torch.uint8)
 
     def load(self, stored: Tensor, at: Grid) -> Tensor:
         """A part of the grid in float32."""

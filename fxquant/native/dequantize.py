@@ -29,7 +29,7 @@ def dequantize(planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, fir
     Returns:
         Whether that is done. False, and nothing is written, for the reasons that `fxquant.native.quantize` has.
     """
-    if not covers(scheme, n, k) or not _takes(planes, scheme, n, k, first, out):
+    if scheme.double or not covers(scheme, n, k) or not _takes(planes, scheme, n, k, first, out):
         return False
     built = library()
     if built is None:

@@ -81,14 +81,30 @@ struct Floats {
     }
 };
 
+struct Range {
+    float low, high;
+};
+
 // How a scale is stored.
 struct Scales {
     int type;
     float floor, limit;
+    // Of 8-bit codes: the second level of fxquant/codecs/double.py.
+    const uint8_t* levels = nullptr;
+    const float *values = nullptr, *above = nullptr;
+    float offset = 0;
 
-    uint32_t encode(float scale) const {
+    static Scales of(const Job& job) {
+        Scales scales{job.scale_type, job.floor, job.limit};
+        scales.levels = job.levels, scales.values = job.code_values, scales.offset = job.scale_offset;
+        scales.above = (const float*)job.scale_scales;
+        return scales;
+    }
+
+    uint32_t encode(float scale, int64_t block = 0) const {
         const float magnitude = clamped(std::fabs(scale), floor, limit);
         if (type == 3) return power(scale);
+        if (type == 4) return levels[level(scale, 1 / above[block >> 8])];
         const float bounded = scale < 0 ? -magnitude : magnitude;
         if (type == 0) return as<uint32_t>(bounded);
         if (type == 2) return as<uint16_t>((_Float16)bounded);
@@ -96,11 +112,18 @@ struct Scales {
         return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     }
 
-    float decode(uint32_t stored) const {
+    float decode(uint32_t stored, int64_t block = 0) const {
         if (type == 0) return as<float>(stored);
         if (type == 1) return as<float>(stored << 16);
         if (type == 2) return (float)as<_Float16>((uint16_t)stored);
+        if (type == 4) return values[stored] * above[block >> 8] + offset;
         return as<float>(stored == 0 ? 0x400000u : stored == 255 ? 0x7fc00000u : stored << 23);
+    }
+
+    // The smallest and the largest scale.
+    Range reach(int64_t block) const {
+        if (type == 4) return {decode(0, block), decode(255, block)};
+        return {-INFINITY, INFINITY};
     }
 
     uint32_t get(const void* from, int64_t i) const {
@@ -110,11 +133,16 @@ struct Scales {
 
     void put(void* to, int64_t i, uint32_t stored) const {
         if (type == 0) ((uint32_t*)to)[i] = stored;
-        else if (type == 3) ((uint8_t*)to)[i] = (uint8_t)stored;
+        else if (type >= 3) ((uint8_t*)to)[i] = (uint8_t)stored;
         else ((uint16_t*)to)[i] = (uint16_t)stored;
     }
 
   private:
+    int level(float scale, float inverse) const {
+        const float t = clamped((scale - offset) * inverse, -1, 1); // of what is not a number, -1
+        return (int)(float)((double)((t + 1) * 0.5f) * 65535 + 0.5);
+    }
+
     // The smallest power of two that is not less; 0x400000 is 2^-127.
     uint32_t power(float scale) const {
         const uint32_t bits = as<uint32_t>(std::fabs(scale)), exponent = bits >> 23;

@@ -18,22 +18,26 @@ _POWER = 3
 _LARGEST_BLOCK = 1 << 16
 _TABLE = 64
 _FEW_BITS = 3
-_POINTERS = ("weight", "codes", "scales", "zeros", "biases", "values", "sorted", "places", "bounds")
-_SIZES = ("rows", "columns", "weight_stride", "codes_stride", "scales_stride", "block", "first")
-_NUMBERS = (
-    "dtype",
-    "scale_type",
-    "zero_type",
-    "kind",
-    "bits",
-    "flip",
-    "mantissa",
-    "exponent",
-    "search",
-    "threads",
-    "turns",
-    "flat",
+_POINTERS = (
+    *("weight", "codes", "scales", "zeros", "biases", "values", "sorted", "places", "bounds"),
+    *("scale_scales", "bias_scales", "levels", "code_values"),
 )
+_SIZES = (
+    "rows",
+    "columns",
+    "weight_stride",
+    "codes_stride",
+    "scales_stride",
+    "block",
+    "first",
+    "group",
+    "groups_stride",
+)
+_NUMBERS = (
+    *("dtype", "scale_type", "zero_type", "kind", "bits", "flip", "mantissa", "exponent", "search", "threads"),
+    *("turns", "flat", "positive", "code_low", "code_step", "code_last", "code_flip"),
+)
+_REALS = ("low", "high", "floor", "limit", "scale_offset", "offset_limit", "offset_step")
 
 
 class Job(ctypes.Structure):
@@ -43,7 +47,7 @@ class Job(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in _POINTERS]
         + [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int32) for name in _NUMBERS]
-        + [(name, ctypes.c_float) for name in ("low", "high", "floor", "limit")]
+        + [(name, ctypes.c_float) for name in _REALS]
     )
 
 
@@ -61,7 +65,14 @@ class Table:
 
 
 def covers(scheme: Scheme, n: int, k: int) -> bool:
-    """Whether the compiled functions know the element, the blocks and the scales of a scheme."""
+    """Whether the compiled functions know the element, the blocks and the scales of a scheme, of one level."""
+    kind = SCALE_TYPES[scheme.scale]
+    known = kind.kind == "power" or kind.dtype in DTYPES
+    return known and scheme.outer is None and covers_blocks(scheme, n, k)
+
+
+def covers_blocks(scheme: Scheme, n: int, k: int) -> bool:
+    """Whether the compiled functions know the element and the blocks of a scheme."""
     element, block = scheme.spec, scheme.block
     columns = min(block.columns or k, n * k)
     return (
@@ -69,16 +80,14 @@ def covers(scheme: Scheme, n: int, k: int) -> bool:
         and not element.trits
         and (block.rows == 1 or n == 1)
         and 0 < columns <= _LARGEST_BLOCK
-        and scheme.outer is None
-        and not scheme.double
-        and (SCALE_TYPES[scheme.scale].kind == "power" or SCALE_TYPES[scheme.scale].dtype in DTYPES)
         and not scheme.columns
     )
 
 
 def fill(job: Job, scheme: Scheme, planes: Mapping[str, Tensor]) -> None:
     """Everything that follows from the scheme, and the planes of codes and scales."""
-    element, kind = scheme.spec, SCALE_TYPES[scheme.scale]
+    element, first = scheme.spec, SCALE_TYPES[scheme.scale]
+    kind = SCALE_TYPES[scheme.outer.dtype] if scheme.outer else first
     codes, scales = planes["codes"], planes["scales"]
     job.codes, job.scales = codes.data_ptr(), scales.data_ptr()
     job.codes_stride, job.scales_stride = codes.stride(0), scales.stride(0)
@@ -96,13 +105,16 @@ def fill(job: Job, scheme: Scheme, planes: Mapping[str, Tensor]) -> None:
         info = torch.finfo(element.float_dtype)
         job.low, job.high = -info.max, info.max
         job.mantissa, job.exponent = -round(math.log2(info.eps)), round(math.log2(info.smallest_normal))
-    job.turns = scheme.zero == "none" and kind.signed and _lopsided(element)
+    job.positive = not first.signed
+    job.turns = scheme.zero == "none" and first.signed and _lopsided(element)
     job.floor, job.limit = _scale_range(scheme)
 
 
 def _scale_range(scheme: Scheme) -> tuple[float, float]:
     """The magnitudes that scales have, see `fxquant.codecs.scales.scale_format`; of powers of two, the last code."""
     element, kind = scheme.spec, SCALE_TYPES[scheme.scale]
+    if scheme.outer is not None:
+        return _outer_range(scheme)
     span = 1 << element.bits if element.kind == "int" else 2.0 ** math.ceil(math.log2(element.bound))
     if kind.dtype is None or kind.kind == "power":
         return 0.0, float(int(min(254, 254 - math.ceil(math.log2(span)))))
@@ -110,6 +122,17 @@ def _scale_range(scheme: Scheme) -> tuple[float, float]:
     floor = 0.0 if element.kind == "table" else torch.finfo(torch.float32).smallest_normal
     limit = min(info.max, torch.finfo(torch.bfloat16).max / span if span > 1 else math.inf)
     return max(floor, info.smallest_normal * info.eps) if floor else 0.0, limit
+
+
+def _outer_range(scheme: Scheme) -> tuple[float, float]:
+    """The magnitudes of second-level numbers, see `fxquant.codecs.second_level.Second.plain`."""
+    assert scheme.outer is not None
+    kind, outer = SCALE_TYPES[scheme.scale], SCALE_TYPES[scheme.outer.dtype].dtype
+    assert outer is not None
+    high = torch.finfo(kind.pattern).max if kind.pattern is not None else float(kind.high)
+    info, reach = torch.finfo(outer), high * max(scheme.spec.bound + 1, 1.0)
+    floor = max(torch.finfo(torch.float32).smallest_normal, info.smallest_normal * info.eps)
+    return floor, min(info.max, torch.finfo(torch.bfloat16).max / reach)
 
 
 def _lopsided(element: Element) -> bool:
@@ -132,3 +155,15 @@ def table(element: Element) -> Table:
     bounds = torch.cat(((ordered[:-1] + ordered[1:]) / 2, torch.full((rest + 1,), math.inf)))
     places = torch.cat((order, order[-1:].expand(rest))).to(torch.int32)
     return Table(values, torch.cat((ordered, ordered[-1:].expand(rest))), places, bounds)
+
+
+def fill_offsets(job: Job, scheme: Scheme, planes: Mapping[str, Tensor]) -> None:
+    """The plane of float zeros or biases, and how they are stored: see `fxquant.codecs.offsets.stored_offsets`."""
+    dtype = SCALE_TYPES[scheme.scale].dtype
+    assert dtype is not None
+    if scheme.zero == "float":
+        job.zero_type, job.zeros = 2, planes["zeros"].data_ptr()
+    else:
+        job.biases = planes["biases"].data_ptr()
+    job.offset_limit = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max / 2)
+    job.offset_step = torch.finfo(dtype).eps

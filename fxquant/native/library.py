@@ -15,7 +15,17 @@ from torch import Tensor
 
 from fxquant.inductor import compile_cpp
 
-_SOURCES = ("vectors.h", "bits.h", "job.h", "elements.h", "search.h", "quantize.cpp", "dequantize.cpp")
+_SOURCES = (
+    *("vectors.h", "bits.h", "job.h", "elements.h", "search.h", "lines.h", "levels.h", "pieces.h"),
+    *("quantize.cpp", "offsets.cpp", "leveled.cpp", "global.cpp", "dequantize.cpp"),
+)
+_FUNCTIONS = (
+    "fxquant_quantize",
+    "fxquant_quantize_offsets",
+    "fxquant_quantize_leveled",
+    "fxquant_quantize_globally",
+    "fxquant_dequantize",
+)
 # Inductor's own flags come before these. What it leaves on of -ffast-math treats -0 as 0; and it may be told, by its
 # configuration, to do more of that.
 _FLAGS = (
@@ -70,6 +80,7 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for function in (built.fxquant_quantize, built.fxquant_dequantize):
+    for name in _FUNCTIONS:
+        function = getattr(built, name)
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return built

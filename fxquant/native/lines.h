@@ -2,6 +2,9 @@
 
 namespace {
 
+// Weights (or scales) so small are not worth a search: what is divided by them when they are stored may be bounded.
+constexpr float SMALLEST = 1e-30f;
+
 // Over the weights t of a block: how many, and what needs no codes.
 struct Norms {
     float count, sum, squares;
@@ -45,6 +48,23 @@ inline Moments moments(const E& element, const Job& job, const float* t, int64_t
     return {even.e + odd.e, even.qe + odd.qe, even.ee + odd.ee};
 }
 
+// The squared errors that some pairs leave, of 16 weights at once.
+template <int C, class E>
+inline void errors(const E& element, const Job& job, const float* t, int64_t n, const float (&scales)[C],
+                   const float (&biases)[C], float (&found)[C]) {
+    const F low = all(job.low), high = all(job.high);
+    F sums[C] = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+        const auto inside = lane_numbers() < (int)(n - i);
+        for (int c = 0; c < C; c++) {
+            const F v = load(t + i) - biases[c], q = element.project(v * all(1 / bounded(scales[c])), low, high);
+            const F e = negative_multiply_add(q, all(scales[c]), v);
+            sums[c] = multiply_add(e, inside ? e : F{}, sums[c]);
+        }
+    }
+    for (int c = 0; c < C; c++) found[c] = sum(sums[c]);
+}
+
 struct Line {
     float scale, bias, error = INFINITY;
 };
@@ -70,10 +90,12 @@ template <class E> struct LineSearch {
         const F spread = norms.count * qq - q * q, product = norms.count * qq;
         F slope = spread > 1e-6f * product ? (norms.count * qe - q * m.e) / spread : F{};
         F shift = (m.e - slope * q) * (1 / norms.count);
-        const F room = highest - bias;
-        const auto over = shift > room;
-        shift = over ? room : shift;
-        slope = over ? (qq > 0 ? (qe - shift * q) / qq : F{}) : slope;
+        if (highest < INFINITY) {
+            const F room = highest - bias;
+            const auto over = shift > room;
+            shift = over ? room : shift;
+            slope = over ? (qq > 0 ? (qe - shift * q) / qq : F{}) : slope;
+        }
         const F gain = 2 * (slope * qe + shift * m.e - slope * shift * q) - slope * slope * qq
                        - norms.count * (shift * shift);
         const F error = m.ee - gain;
@@ -99,5 +121,34 @@ template <class E> struct LineSearch {
         consider(scale, best.bias + (best.scale - scale) * middle + load(shifts) * scale);
     }
 };
+
+// Where a search for scale and bias looks, by lane.
+struct LineGrid {
+    static constexpr int ROUNDS = 2;
+    alignas(64) float shrunk[LANES], ratios[ROUNDS][LANES], shifts[ROUNDS][LANES];
+    alignas(64) float code_steps[LANES], scale_steps[LANES], bias_steps[LANES]; // of the first of two levels
+
+    // Ranges are shrunk down to what clips best of normal weights, and further: tails may be heavier.
+    explicit LineGrid(const Job& job) {
+        const float shortest = job.bits >= 8 ? 0.88f : job.bits >= 6 ? 0.8f : 0.3f + 0.08f * job.bits;
+        for (int i = 0; i < LANES; i++) {
+            shrunk[i] = 1.02f + (shortest - 1.02f) * i / (LANES - 1);
+            const int tries = job.turns ? LANES / 2 : LANES;
+            code_steps[i] = i % tries - tries / 2;
+            scale_steps[i] = i < 15 ? i % 5 - 2 : 0, bias_steps[i] = i < 15 ? i / 5 - 1 : 0;
+            const float ratio = (i % 4 - 1.5f) / 1.5f, shift = (i / 4 - 1.5f) / 1.5f;
+            for (int round = 0; round < ROUNDS; round++) {
+                ratios[round][i] = 1 + ratio * 0.09f / (1 << 2 * round);
+                shifts[round][i] = shift * 0.5f / (1 << round);
+            }
+        }
+    }
+};
+
+template <class E> Line best_line(LineSearch<E> search, const LineGrid& grid, Range range) {
+    search.start(range.low, range.high, grid.shrunk);
+    for (int i = 0; i < LineGrid::ROUNDS; i++) search.around(grid.ratios[i], grid.shifts[i]);
+    return search.best;
+}
 
 } // namespace

@@ -8,22 +8,32 @@ constexpr int64_t SEGMENT = 4096; // about so many columns of a row are one piec
 struct Room {
     float *x, *t;    // of `whole` weights and a vector each
     uint8_t* fields; // of a piece, and 128 more
+    int64_t piece;   // its number
 };
 
-// Calls `piece(row, start, stop, room)` for all columns of all rows. Pieces start at multiples of `whole` columns, which
-// belong together, and at whole bytes of codes.
+// How a row is cut: at multiples of `whole` columns, which belong together, and at whole bytes of codes.
+struct Pieces {
+    int64_t step, steps;
+
+    Pieces(const Job& job, int64_t whole) {
+        int64_t unit = whole;
+        while (unit % 8) unit *= 2;
+        step = unit * (unit < SEGMENT ? SEGMENT / unit : 1), steps = (job.columns + step - 1) / step;
+    }
+};
+
+// Calls `piece(row, start, stop, room)` for all columns of all rows.
 template <class P> void in_pieces(const Job& job, int64_t whole, const P& piece) {
-    int64_t unit = whole;
-    while (unit % 8) unit *= 2;
-    const int64_t step = unit * (unit < SEGMENT ? SEGMENT / unit : 1), steps = (job.columns + step - 1) / step;
+    const auto [step, steps] = Pieces(job, whole);
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
         const int64_t width = step < job.columns ? step : job.columns, size = (whole + 2 * LANES) & -LANES;
         const std::unique_ptr<float[]> x(new float[2 * size]);
         const std::unique_ptr<uint8_t[]> fields(new uint8_t[width + 128]);
-        const Room room{x.get(), x.get() + size, fields.get()};
+        Room room{x.get(), x.get() + size, fields.get(), 0};
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < job.rows * steps; i++) {
+            room.piece = i;
             const int64_t start = i % steps * step, stop = start + step < job.columns ? start + step : job.columns;
             piece(i / steps, start, stop, room);
         }
@@ -67,17 +77,28 @@ inline void pack_piece(const Job& job, int64_t row, int64_t start, int64_t stop,
     if (job.codes) pack(fields, stop - start, job.bits, job.codes + row * job.codes_stride + start * job.bits / 8);
 }
 
-// A block of weights as fields, at a scale, and a zero or a bias.
+// A block of weights as fields, at a stored scale, and integer zeros.
 template <class E>
-void encode(const Job& job, const E& element, const float* x, int64_t n, float stored, float zero, float bias,
-            bool divides, uint8_t* fields) {
+void encode(const Job& job, const E& element, const float* x, int64_t n, float stored, float zero, bool divides,
+            uint8_t* fields) {
     const U8 flip = U8{} + (uint8_t)job.flip;
     const F scale = all(bounded(stored)), inverse = all(1 / bounded(stored));
     const auto put = [&](int64_t i, F t) { write(fields + i, narrow(element.fields(t, zero)) ^ flip); };
     if (divides)
-        for (int64_t i = 0; i < n; i += LANES) put(i, (load(x + i) - bias) / scale);
+        for (int64_t i = 0; i < n; i += LANES) put(i, load(x + i) / scale);
     else
-        for (int64_t i = 0; i < n; i += LANES) put(i, (load(x + i) - bias) * inverse);
+        for (int64_t i = 0; i < n; i += LANES) put(i, load(x + i) * inverse);
+}
+
+// The same of integers with a bias and a float zero, of which one is 0.
+inline void encode(const Job& job, const Ints& element, const float* x, int64_t n, float stored, float bias,
+                   float zero, bool divides, uint8_t* fields) {
+    const U8 flip = U8{} + (uint8_t)job.flip;
+    const F scale = all(bounded(stored)), inverse = all(1 / bounded(stored));
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F v = load(x + i) - bias, t = divides ? v / scale : v * inverse;
+        write(fields + i, narrow(element.fields(t + zero, 0)) ^ flip);
+    }
 }
 
 } // namespace

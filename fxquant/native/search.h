@@ -7,10 +7,6 @@ struct Choice {
     float scale, zero;
 };
 
-struct Range {
-    float low, high; // 0 included
-};
-
 inline float extent(const Job& job) {
     return job.kind ? larger(std::fabs(job.low), std::fabs(job.high)) : (job.high - job.low) / 2;
 }
@@ -35,7 +31,7 @@ inline Choice unit_scale(const Job& job, Range r) {
     if (job.zero_type) return integer_scale(job, r);
     const float scale = larger(-r.low, r.high) / extent(job);
     const bool turned = job.low != -job.high && (r.high > -r.low) != (job.high > -job.low);
-    return {0, turned && job.scale_type != 3 ? -scale : scale, 0};
+    return {0, turned && !job.positive ? -scale : scale, 0};
 }
 
 // Scales to try, in units: 16 in geometric progression, or 8 of each sign, down to a bottom with a mantissa of 3 bits.
@@ -168,14 +164,19 @@ inline Spread spread(const float* t, int64_t n, bool centred) {
     return {norm, std::sqrt(larger(norm / n - mean * mean, 0))};
 }
 
-template <class E> Best best_fit(const Search<E>& search, const Grid& grid, const float* t, float zero) {
+// `reach` are the scales that can be stored, in the units of t; others are no start.
+template <class E>
+Best best_fit(const Search<E>& search, const Grid& grid, const float* t, float zero,
+              Range reach = {-INFINITY, INFINITY}) {
     const Job& job = search.job;
     const Spread block = spread(t, search.n, job.zero_type);
     const F factors = grid.from(block.deviation * grid.deviations / extent(job));
     const float down = factors[1] / factors[0], up = 1 / down;
     Best best{1, zero};
     const auto sixteen = [&](F scale, F zeros) {
-        best.consider(refit(scale, search.across(t, 1 / scale, zeros), block.norm), zeros);
+        Fit<F> fit = refit(scale, search.across(t, 1 / scale, zeros), block.norm);
+        fit.error = scale < reach.low || scale > reach.high ? all(INFINITY) : fit.error;
+        best.consider(fit, zeros);
     };
     const auto several = [&](auto... scale) {
         constexpr int C = sizeof...(scale);
@@ -218,11 +219,11 @@ template <class E> Choice better(const Search<E>& search, const float* x, float 
 // Of `spanning` and what the search finds, the one with the smaller error.
 template <class E>
 Choice least_squares(const E& element, const Job& job, const Grid& grid, const Scales& scales, Range range,
-                     Choice spanning, const float* x, float* t, int64_t n) {
+                     Choice spanning, const float* x, float* t, int64_t n, int64_t block) {
     const Search<E> search{element, job, n};
     const Choice unit = unit_scale(job, range);
     const float inverse = 1 / bounded(unit.scale);
-    const auto stored = [&](uint32_t code, float zero) { return Choice{code, scales.decode(code), zero}; };
+    const auto stored = [&](uint32_t code, float zero) { return Choice{code, scales.decode(code, block), zero}; };
     if (job.scale_type == 3) {
         Choice best = spanning;
         for (const int step : {-1, -2, 1}) {
@@ -232,9 +233,18 @@ Choice least_squares(const E& element, const Job& job, const Grid& grid, const S
         return best;
     }
     for (int64_t i = 0; i < n; i += LANES) store(t + i, load(x + i) * all(inverse));
-    const Best fit = best_fit(search, grid, t, unit.zero);
-    const uint32_t code = scales.encode(fit.scale * bounded(unit.scale));
-    return better(search, x, inverse, spanning, stored(code, fit.zero));
+    const Range ends = scales.reach(block);
+    const float one = ends.low * inverse, other = ends.high * inverse;
+    const Best fit = best_fit(search, grid, t, unit.zero, {smaller(one, other), larger(one, other)});
+    const uint32_t code = scales.encode(fit.scale * bounded(unit.scale), block);
+    Choice best = better(search, x, inverse, spanning, stored(code, fit.zero));
+    if (job.scale_type != 4) return best;
+    // Codes lie far apart.
+    for (const int step : {-1, 1}) {
+        const int near = (int)best.stored + step;
+        if (near >= 0 && near <= 255) best = better(search, x, inverse, best, stored(near, best.zero));
+    }
+    return best;
 }
 
 } // namespace

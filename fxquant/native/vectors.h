@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <vector>
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define FXQUANT_AVX512
 #include <immintrin.h>

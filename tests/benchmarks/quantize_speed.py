@@ -1,6 +1,6 @@
 """Quantizing on a CPU: million weights per second, ours (compiled, and in plain torch) beside other libraries.
 
-    python tests/benchmarks/quantize_speed.py [--size 4096] [--rounds 7] [--threads 1] [--json FILE]
+    python tests/benchmarks/quantize_speed.py [--size 4096] [--rounds 7] [--threads 1] [--schemes ...] [--json FILE]
 
 One bfloat16 weight `[size, size]`, normal. Every method runs once in every round, after one run to warm up, so that
 other load meets all of them; ratios are to bitsandbytes' `quantize_4bit` (nf4, blocks of 64) of the same round: their
@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -31,8 +31,11 @@ from torch import Tensor
 from fxquant import codecs, native
 from fxquant.scheme import Scheme
 
-SCHEMES = ("int4", "uint4-g64", "int8", "nf4", "mxfp4", "fp8")
-LARGEST = {8: 0.002, 4: 0.016}
+SCHEMES = (
+    *("int4", "uint4-g64", "int8", "nf4", "mxfp4", "fp8", "uint4-g64-fzero-fp16", "q4_1", "nf4-dq", "nvfp4"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
+)
+LARGEST = {8: 0.002, 6: 0.002, 5: 0.002, 4: 0.016, 3: 0.05, 2: 0.25}
 """Relative squared error that no method may exceed, by bits of a code, for normal weights."""
 BASELINE = "bitsandbytes nf4"
 
@@ -121,12 +124,12 @@ def measure(methods: list[Method], weight: Tensor, rounds: int) -> None:
             method.rates.append(part.numel() / (time.perf_counter() - start) / 1e6)
 
 
-def problems(methods: list[Method]) -> list[str]:
+def problems(methods: list[Method], schemes: Sequence[str]) -> list[str]:
     """What is not correct, and so has no speed worth reporting."""
-    found = [f"{m.name}: error {m.error:.4f}" for m in methods if not m.error <= LARGEST[8 if m.bits > 4 else 4]]
+    found = [f"{m.name}: error {m.error:.4f}" for m in methods if not m.error <= LARGEST[m.bits]]
     errors = {method.name: method.error for method in methods}
     weight = torch.randn(64, 1024).bfloat16()
-    for spelling in SCHEMES:
+    for spelling in schemes:
         scheme, planes = Scheme.parse(spelling), []
         for size in (0, math.inf):
             with native.from_size(size):
@@ -161,16 +164,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES, help="those of ours")
     parser.add_argument("--json", type=Path, help="write every rate and ratio there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     console = Console(width=None if sys.stdout.isatty() else 120)
     searches: tuple[codecs.ScaleSearch, ...] = ("absmax", "least_squares")
-    methods = [ours(s, search, how) for s in SCHEMES for search in searches for how in (True, False)] + libraries()
+    methods = [
+        ours(s, search, how) for s in options.schemes for search in searches for how in (True, False)
+    ] + libraries()
     weight = torch.randn(options.size, options.size).bfloat16()
     measure(methods, weight, options.rounds)
-    if wrong := problems(methods):
+    if wrong := problems(methods, options.schemes):
         sys.exit("not correct, so no speeds:\n  " + "\n  ".join(wrong))
     versions = f"torch {torch.__version__}, {options.threads} threads, {options.size} x {options.size}"
     console.print(f"{versions}, {options.rounds} rounds")

@@ -1,0 +1,147 @@
+"""Products of few rows with planes, compiled: codes are decoded where they are multiplied, and no weight is written."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Mapping
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from fxquant.inductor import compile_cpp
+from fxquant.native.job import DTYPES
+from fxquant.native.library import serves
+from fxquant.native.matmul_job import Product, covered_planes, fill_input, lies_as_read, product
+from fxquant.scheme import Scheme
+
+_SOURCES = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h", "matmul_kernels.h", "matmul.cpp")
+# Inductor's own flags come before these. Products and sums may become one operation; nothing else is changed.
+_FLAGS = (
+    "-w",
+    "-fno-fast-math",
+    "-fno-unsafe-math-optimizations",
+    "-fno-associative-math",
+    "-fno-reciprocal-math",
+    "-fno-finite-math-only",
+    "-fsigned-zeros",
+    "-ffp-contract=fast",
+)
+
+
+def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor | None:
+    """`x @ W.T + bias` for the weight that planes hold, where that is faster than to decode all of it first.
+
+    W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
+    are in float32, rounded once. A row of the result depends on its row of x alone, and not on the number of threads.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16 or float16.
+        planes: as `scheme.planes(n, K)` says.
+        scheme: what they were made under.
+        n: rows of the weight.
+        bias: `[n]` in any of these dtypes, or None.
+
+    Returns:
+        `[..., n]` in the dtype of x. None where plain torch has to, or does it faster: another device or dtype, a
+        tensor that is no plain one, a weight too small, a scheme that is not covered, many rows, or no compiler.
+    """
+    k = x.shape[-1]
+    rows = x.numel() // max(k, 1)
+    built = _library_for(x, planes, scheme, n, bias, None)
+    if built is None or rows > built.fxquant_most_rows(DTYPES[x.dtype]):
+        return None
+    y = x.new_empty((*x.shape[:-1], n))
+    if rows:
+        job = product(planes, scheme, n, k, stacked=False)
+        job.slots, job.picks, job.experts = rows, 1, 1
+        _run(built, job, x.reshape(rows, k), planes, y, bias)
+    return y
+
+
+def experts(
+    x: Tensor, ids: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None
+) -> Tensor | None:
+    """`x @ W[id].T + bias[id]` for every id of every token, as `linear` does it; experts without tokens are not read.
+
+    Args:
+        x: `[T, K]`, or `[T, k, K]` with a row for every id.
+        ids: int64 `[T, k]`.
+        planes: as `scheme.planes(n, K)` says, with a leading dimension of experts.
+        scheme: what they were made under.
+        n: rows of every weight.
+        bias: `[experts, n]` or None.
+
+    Returns:
+        `[T, k, n]` in the dtype of x, zeros where an id names no expert. None as for `linear`.
+    """
+    k, slots, count = x.shape[-1], ids.numel(), planes["codes"].shape[0]
+    if ids.dtype != torch.int64 or not _plain(ids) or x.shape[:-1] not in (ids.shape, ids.shape[:1]):
+        return None
+    if scheme.columns:
+        return None
+    built = _library_for(x, planes, scheme, n, bias, count)
+    if built is None or slots > count * built.fxquant_most_rows(DTYPES[x.dtype]):
+        return None
+    y = x.new_zeros((*ids.shape, n))
+    if slots and count:
+        ids = ids.contiguous()
+        job = product(planes, scheme, n, k, stacked=True)
+        job.slots, job.experts, job.ids = slots, count, ids.data_ptr()
+        job.picks = ids.shape[1] if x.shape[:-1] != ids.shape else 1
+        _run(built, job, x.reshape(-1, k), planes, y, bias)
+    return y
+
+
+def _plain(ids: Tensor) -> bool:
+    """Whether these are plain numbers on a CPU."""
+    return type(ids) is Tensor and ids.device.type == "cpu"
+
+
+def _library_for(
+    x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None, experts: int | None
+) -> ctypes.CDLL | None:
+    """The compiled product; None where the scheme or a tensor is not for it, or there is none."""
+    specs = covered_planes(scheme, n, x.shape[-1])
+    biases = [] if bias is None else [bias]
+    shape = (n,) if experts is None else (experts, n)
+    if specs is None or x.dtype not in DTYPES or not serves(planes["codes"], x, *planes.values(), *biases):
+        return None
+    if any(b.dtype not in DTYPES or tuple(b.shape) != shape or b.stride(-1) != 1 for b in biases):
+        return None
+    return library() if lies_as_read(planes, specs, experts) else None
+
+
+def _run(
+    built: ctypes.CDLL, job: Product, x: Tensor, planes: Mapping[str, Tensor], y: Tensor, bias: Tensor | None
+) -> None:
+    """The product with rows of x `[rows, K]`, whose columns take the order of the planes', and their scales, first."""
+    if "column_scales" in planes:
+        x = x.to(torch.float32) * planes["column_scales"]
+    if "perm" in planes:
+        x = x.index_select(1, planes["perm"])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    fill_input(job, x, y, bias)
+    built.fxquant_multiply(ctypes.byref(job))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled product; None, after a warning, where it cannot be compiled or loaded."""
+    try:
+        source = "\n".join((resources.files("fxquant.native") / name).read_text() for name in _SOURCES)
+        built = compile_cpp(source, _FLAGS)
+    except Exception as error:  # a compiler can fail in any way, and nothing here depends on it
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"the C++ product of fxquant could not be compiled: {reason[0]}\n"
+            "  weights are decoded as a whole for every product instead, many times slower; see the C++ compiler that"
+            " torch.compile needs on a CPU",
+            stacklevel=2,
+        )
+        return None
+    built.fxquant_multiply.argtypes, built.fxquant_multiply.restype = [ctypes.c_void_p], None
+    built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
+    return built

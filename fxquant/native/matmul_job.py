@@ -1,0 +1,109 @@
+"""What the compiled product is told, and which schemes it knows."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxquant.native.job import DTYPES
+from fxquant.native.matmul_levels import Level, fill_offsets, fill_scales
+from fxquant.scheme import SCALE_TYPES, Element, PlaneSpec, Scheme
+
+_UNIT = 16
+"""Weights of a row that are decoded at once; blocks consist of whole units."""
+_INT, _TABLE, _E4M3, _E5M2 = 0, 1, 2, 3
+_ZEROS = {"none": 0, "int": 1, "float": 1, "bias": 2}
+_ON_X = {"perm", "column_scales"}
+
+
+class Product(ctypes.Structure):
+    """One call. The fields of `Product` in `matmul.h`, in that order."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "y", "addend", "codes", "values", "ids")]
+        + [("scales", Level), ("offsets", Level)]
+        + [(name, ctypes.c_int64) for name in ("slots", "picks", "experts", "rows", "columns", "block")]
+        + [(name, ctypes.c_int64) for name in ("x_stride", "codes_stride", "codes_expert", "addend_expert")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "x_type", "addend_type", "kind", "bits", "low", "zero")]
+        + [("threads", ctypes.c_int32)]
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def covered_planes(scheme: Scheme, n: int, k: int) -> dict[str, PlaneSpec] | None:
+    """The planes of an `[n, k]` weight under a scheme that the compiled product knows; None under another.
+
+    Integers, tables and float8 in blocks of whole units of 16 columns, with scales of one level or two, and any kind of
+    zero. Not: vectors, base 3, columns with a bias, quantized activations, blocks that run on from row to row.
+    """
+    element, block = scheme.spec, scheme.block
+    columns = block.columns or k
+    fits = columns % _UNIT == 0 or (columns >= k and not block.flat)
+    known = element.kind != "vector" and not element.trits
+    if not (n > 0 and k > 0 and fits and known) or scheme.activation or "bias" in scheme.columns:
+        return None
+    if block.flat and (k % columns or not _whole_bytes(scheme, k // columns)):
+        return None
+    return scheme.planes(n, k)
+
+
+def _whole_bytes(scheme: Scheme, blocks: int) -> bool:
+    """Whether the numbers of every row of flat blocks start on a byte."""
+    bits = [SCALE_TYPES[scheme.scale].bits, scheme.spec.bits if scheme.zero == "int" else 8]
+    return all(blocks * size % 8 == 0 for size in bits)
+
+
+def lies_as_read(planes: Mapping[str, Tensor], specs: Mapping[str, PlaneSpec], experts: int | None) -> bool:
+    """Whether planes, stacked over experts or not, are what they should be, with rows that lie in one piece."""
+    lead = () if experts is None else (experts,)
+    for name, spec in specs.items():
+        plane = planes.get(name)
+        if plane is None or tuple(plane.shape) != (*lead, *spec.shape) or plane.dtype != spec.dtype:
+            return False
+        if plane.stride(-1) != 1 and plane.shape[-1] > 1:
+            return False
+    return True
+
+
+def product(planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, stacked: bool) -> Product:
+    """All that follows from the weight."""
+    element, codes = scheme.spec, planes["codes"]
+    job = Product(codes=codes.data_ptr(), rows=n, columns=k, block=scheme.block.columns or k)
+    job.codes_stride, job.codes_expert = codes.stride(-2), codes.stride(0) if stacked else 0
+    job.kind, job.bits, job.low, job.zero = _kind(element), element.bits, element.low, _ZEROS[scheme.zero]
+    job.values = _values(element).data_ptr()
+    job.threads = torch.get_num_threads()
+    fill_scales(job.scales, planes, scheme, n, k, stacked)
+    fill_offsets(job.offsets, planes, scheme, n, k, stacked)
+    return job
+
+
+def _kind(element: Element) -> int:
+    if element.float_dtype is not None:
+        return _E4M3 if element.float_dtype is torch.float8_e4m3fn else _E5M2
+    return _TABLE if element.kind == "table" else _INT
+
+
+@functools.lru_cache(maxsize=256)
+def _values(element: Element) -> Tensor:
+    """By code, float32; a table of fewer than 16 values again and again, as its fields are not masked."""
+    if element.float_dtype is not None:
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(element.float_dtype).to(torch.float32)
+    if element.kind == "table":
+        values = torch.tensor(element.values, dtype=torch.float32, device="cpu")
+    else:
+        values = torch.arange(1 << element.bits, dtype=torch.float32, device="cpu") + element.low
+    return values.repeat(max(1, _UNIT // len(values)))
+
+
+def fill_input(job: Product, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
+    """The rows of x `[rows, K]`, of y, and the bias."""
+    job.x, job.y, job.x_stride = x.data_ptr(), y.data_ptr(), x.stride(0)
+    job.x_type, job.dtype = DTYPES[x.dtype], DTYPES[y.dtype]
+    if bias is not None:
+        job.addend, job.addend_type = bias.data_ptr(), DTYPES[bias.dtype]
+        job.addend_expert = bias.stride(0) if bias.dim() > 1 else 0

@@ -1,0 +1,175 @@
+// Products of rows of x with rows of one weight: decoded in registers for few rows of x, else a slab at a time. A sum
+// has 16 parts, one per lane, each in the order of the units, either way: other rows of x change no bit.
+
+namespace {
+
+#ifdef FXQUANT_AVX512
+constexpr int ROWS = 4, FEW = 4, SOME = 6; // of a weight at once; of x where codes are decoded in registers, and else
+#else
+constexpr int ROWS = 2, FEW = 2, SOME = 2;
+#endif
+constexpr int64_t SLAB = 8;     // rows of a weight that are decoded at a time
+constexpr int64_t BATCH = 48;   // rows of x for which a slab is decoded once
+constexpr int64_t STRETCH = 32; // units of a slab
+
+template <class T> struct Buffer {
+    std::unique_ptr<T[]> held;
+    T* data;
+
+    explicit Buffer(int64_t n) : held(new T[n + 64 / sizeof(T)]) {
+        data = (T*)(((uintptr_t)held.get() + 63) & ~(uintptr_t)63);
+    }
+};
+
+// What a thread needs, and the rows of a weight that it is at.
+struct Scratch {
+    Buffer<float> scales, offsets, slab;
+    Buffer<uint8_t> bytes;
+    Buffer<float> sums;
+
+    explicit Scratch(int64_t blocks)
+        : scales(SLAB * blocks), offsets(SLAB * blocks), slab(SLAB * STRETCH * LANES), bytes(blocks + 128),
+          sums(SLAB * BATCH * LANES) {
+        memset(slab.data, 0, SLAB * STRETCH * sizeof(F)); // rows that a slab lacks are multiplied, too
+    }
+};
+
+template <class E> struct Kernel {
+    const Product& job;
+    const E element;
+    const int64_t units, bytes, whole; // of a row; units that can be read where they are
+    const int64_t blocks, per;         // of a row; units of a block
+    const int64_t room;                // for numbers of a row
+
+    explicit Kernel(const Product& j)
+        : job(j), element(j), units((j.columns + LANES - 1) / LANES), bytes((j.columns * j.bits + 7) / 8),
+          whole(bytes / E::SPAN), blocks((j.columns + j.block - 1) / j.block), per((j.block + LANES - 1) / LANES),
+          room((blocks + LANES - 1) / LANES * LANES) {}
+
+    const uint8_t* codes(int64_t expert, int64_t row) const {
+        return job.codes + expert * job.codes_expert + row * job.codes_stride;
+    }
+
+    void load_numbers(int64_t expert, int64_t row, int64_t i, Scratch& scratch) const {
+        numbers(job.scales, expert, row, blocks, scratch.scales.data + i * room, scratch.bytes.data);
+        if (job.zero) numbers(job.offsets, expert, row, blocks, scratch.offsets.data + i * room, scratch.bytes.data);
+    }
+
+    auto block(const Scratch& scratch, int64_t i, int64_t b) const {
+        return element.block(scratch.scales.data[i * room + b], job.zero ? scratch.offsets.data[i * room + b] : 0);
+    }
+
+    // Few rows of x with ROWS of the weight, from `row` to `last` or that one again.
+    template <int M>
+    __attribute__((noinline)) void fused(int64_t expert, int64_t row, int64_t last, const float* const* xs,
+                                         Scratch& scratch, F (&to)[ROWS][M]) const {
+        F sums[ROWS][M];
+        const uint8_t* from[ROWS];
+        typename E::Block state[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const int64_t at = row + r < last ? row + r : last;
+            from[r] = codes(expert, at);
+            load_numbers(expert, at, r, scratch);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) sums[r][m] = F{};
+        }
+        const auto step = [&](int64_t u, auto&& codes) __attribute__((always_inline)) {
+            F x[M];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) x[m] = load(xs[m] + u * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const F w = element.weights(state[r], codes(r));
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) sums[r][m] = multiply_add(w, x[m], sums[r][m]);
+            }
+        };
+        const int64_t ahead = 2 * ROWS * job.codes_stride;
+        const auto prefetch = [&](int64_t u) __attribute__((always_inline)) { // at most a line
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + ahead + u * E::SPAN, 0, 2);
+        };
+        int64_t u = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) state[r] = block(scratch, r, b);
+            const int64_t end = (b + 1) * per < units ? (b + 1) * per : units;
+            const int64_t stop = end < whole ? end : whole;
+            for (; u + 4 <= stop; u += 4) {
+                prefetch(u);
+#pragma GCC unroll 8
+                for (int i = 0; i < 4; i++) step(u + i, [&](int r) { return from[r] + (u + i) * E::SPAN; });
+            }
+            for (; u < stop; u++) {
+                if (u % 4 == 0) prefetch(u);
+                step(u, [&](int r) { return from[r] + u * E::SPAN; });
+            }
+            if (u < end) { // what is not whole; behind it there are zeros, in x as well
+                const int64_t at = whole * E::SPAN;
+                uint8_t rest[ROWS][64] = {};
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) memcpy(rest[r], from[r] + at, bytes - at);
+                step(u++, [&](int r) { return (const uint8_t*)rest[r]; });
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) to[r][m] = sums[r][m];
+    }
+
+    // Some units of a row, into row i of the slab.
+    __attribute__((noinline)) void decode(int64_t expert, int64_t row, int64_t i, int64_t u, int64_t last,
+                                          Scratch& scratch) const {
+        const uint8_t* const from = codes(expert, row);
+        float* to = scratch.slab.data + i * STRETCH * LANES;
+        for (int64_t b = u / per; u < last; b++) {
+            const auto state = block(scratch, i, b);
+            const int64_t end = (b + 1) * per < last ? (b + 1) * per : last, stop = end < whole ? end : whole;
+            for (; u < stop; u++, to += LANES) store(to, element.weights(state, from + u * E::SPAN));
+            if (u < end) {
+                uint8_t rest[64] = {};
+                memcpy(rest, from + u * E::SPAN, bytes - u * E::SPAN);
+                store(to, element.weights(state, rest)), u++, to += LANES;
+            }
+        }
+    }
+};
+
+// M rows of x, from a unit on, with ROWS of a slab; sums, in rows of BATCH, are added to.
+template <int M>
+__attribute__((noinline)) void multiply(const float* slab, const float* const* xs, int64_t first, int64_t units,
+                                        float* sums) {
+    F total[ROWS][M];
+    const float* x[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) x[m] = xs[m] + first * LANES;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) total[r][m] = load(sums + (r * BATCH + m) * LANES);
+    for (int64_t i = 0; i < units * LANES; i += LANES) {
+        F w[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) w[r] = load(slab + r * STRETCH * LANES + i);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const F v = load(x[m] + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) total[r][m] = multiply_add(w[r], v, total[r][m]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) store(sums + (r * BATCH + m) * LANES, total[r][m]);
+}
+
+// `function` with the number as a constant, from 1 to N.
+template <int N, class Function> inline void with_constant(int64_t n, const Function& function) {
+    if constexpr (N > 1) if (n < N) return with_constant<N - 1>(n, function);
+    function(std::integral_constant<int, N>{});
+}
+
+} // namespace

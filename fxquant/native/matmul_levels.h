@@ -1,0 +1,65 @@
+// The numbers of one row of the grid of blocks, in float32.
+
+namespace {
+
+inline F small_float(I codes) { // e4m3 as half a float16, which has the exponents for it
+    const U bits = as<U>(codes), half = ((bits & 0x80) << 8) | ((bits & 0x7f) << 7);
+    const U16 halves = narrow(half);
+    Fp16 patterns[LANES];
+    write(patterns, halves);
+    const F v = load(patterns) * 256.0f;
+    return (bits & 0x7f) == 0x7f ? all(NAN) : v;
+}
+
+inline F power_of_two(I codes) {
+    const F v = as<F>(codes << 23);
+    const F low = codes == 0 ? as<F>(I{} + 0x400000) : v;
+    return codes == 255 ? all(NAN) : low;
+}
+
+inline F floats(const void* from, int type, int64_t i, int64_t count) {
+    if (type == 0) return count < LANES ? load_some((const float*)from + i, count) : load((const float*)from + i);
+    if (type == 1) return count < LANES ? load_some((const Bf16*)from + i, count) : load((const Bf16*)from + i);
+    return count < LANES ? load_some((const Fp16*)from + i, count) : load((const Fp16*)from + i);
+}
+
+// `[blocks]` of one row of one expert; room for whole vectors behind them, in `bytes` as well.
+inline void numbers(const Level& level, int64_t expert, int64_t row, int64_t blocks, float* to, uint8_t* bytes) {
+    const uint8_t* const stored =
+        (const uint8_t*)level.stored + expert * level.expert + row / level.rows * level.stride;
+    if (level.type > 2) unpack(stored, blocks, level.bits, bytes);
+    if (level.type <= 2 && level.outer_type == 7 && !level.offset) {
+        for (int64_t i = 0; i < blocks; i += LANES) store(to + i, floats(stored, level.type, i, blocks - i));
+        return;
+    }
+    const uint8_t* const outer =
+        (const uint8_t*)level.outer + expert * level.outer_expert + row / level.outer_rows * level.outer_stride;
+    // Where the number of the second level is that a block is under, and the first block that is not under it.
+    const int64_t first = level.flat * row;
+    int64_t at = level.outer_type == 7 ? 0 : first / level.per, next = (at + 1) * level.per - first;
+    const F offset = all(level.offset ? level.offset[expert * level.offset_expert] : 0);
+    for (int64_t i = 0; i < blocks; i += LANES) {
+        F v;
+        if (level.type <= 2) v = floats(stored, level.type, i, blocks - i);
+        else if (level.type == 5) for (int l = 0; l < LANES; l++) v[l] = level.table[bytes[i + l]];
+        else {
+            const I codes = widen(read<U8>(bytes + i) ^ (uint8_t)level.flip);
+            if (level.type == 3) v = power_of_two(codes);
+            else if (level.type == 4) v = small_float(codes);
+            else v = __builtin_convertvector(codes, F) * level.step + level.low;
+        }
+        if (level.outer_type != 7) {
+            const int64_t end = i + LANES < blocks ? i + LANES : blocks;
+            F above = all(load_one(outer, level.outer_type, at));
+            for (; next < end; next += level.per) {
+                const F value = all(load_one(outer, level.outer_type, ++at));
+                above = lane_numbers() < (int)(next - i) ? above : value;
+            }
+            if (next == end) at++, next += level.per;
+            v = v * above;
+        }
+        store(to + i, level.offset ? v + offset : v);
+    }
+}
+
+} // namespace

@@ -1,0 +1,257 @@
+"""The compiled product against float64, on awkward shapes, with outputs that hold nan before."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_planes import random_planes
+from torch import Tensor
+
+from fxquant import codecs, native
+from fxquant.codecs.double import dynamic_map
+from fxquant.native import matmul, matmul_levels
+from fxquant.ops import ABI
+from fxquant.scheme import Scheme
+
+# By element, zero, block and scale; K is a multiple of the number.
+COVERED = {
+    "int4-g128": 128, "int4-g16": 16, "int4-g48-fp16": 48, "int4-row": 1, "int4-tensor": 1, "int4-b8x32": 16,
+    "int4-g64-asym": 64, "uint4-g32": 32, "uint4-g64-fzero-fp16": 64, "uint4-g32-bias": 32, "int4-g32-e8m0": 32,
+    "int4-flat64": 64, "uint4-flat64": 128, "int4-g64-perm": 64, "int4-g64-colscale": 64, "int3-g32": 32,
+    "uint3-row": 1,
+    "uint3-g16-fzero": 16, "int2-g16": 16, "uint2-g32-bias": 32, "ternary-tensor": 1, "ternary-g64": 64,
+    "int5-g32": 32, "uint5-row": 1, "int5-g64-asym": 64, "uint5-g32-bias-fp16": 32, "int6-g16": 16, "uint6-row": 1,
+    "int8-row": 1, "int8-g32-asym": 32, "uint8-g32": 32, "uint8-g16-fzero": 16, "int8-bias": 1, "nf4": 64,
+    "nf4-g32": 32, "fp4": 64, "iq4": 32, "e2m1-row": 1, "table(-1,1)-g16": 16, "table(-2,1)-row": 1,
+    "table(-1,0,1,2)-g64-fp16": 64, "table(-7,-3,-2,-1,0,1,2,5)-g16": 16, "mxfp4": 32, "mxfp6": 32, "mxfp6e3m2": 32,
+    "mxfp8": 32, "fp8": 1, "fp8-b128x128": 1, "fp8e5m2-tensor": 1, "fp8-g64-fp16": 64, "nvfp4": 16,
+    "nf4-dq": 64, "fp4-dq": 64, "q2_k": 256, "q3_k": 256, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_xs": 256,
+    "q4_0": 32, "q8_0": 32, "e2m1-g16-e4m3": 16, "uint4-g32-bias-u4*bf16.g128": 128, "int6-g16-i8*fp32": 16,
+}  # fmt: skip
+NOT_COVERED = ("int4-g8", "int4-g24", "int4-flat100", "trit-g10", "vq8.8x8-fp16", "nf4-g64-colbias", "int4+int8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if matmul.library() is None:
+            pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out shows."""
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size: empty(self, *size).fill_(math.nan))
+
+
+def product(x: Tensor, planes: dict[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor:
+    with native.from_size(0):
+        y = native.linear(x, planes, scheme, n, bias)
+    assert y is not None, "not covered"
+    return y
+
+
+def decoded(planes: dict[str, Tensor], scheme: Scheme, n: int, k: int) -> Tensor:
+    with native.from_size(math.inf):
+        return codecs.dequantize(planes, scheme, n, k).double()
+
+
+def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Within the bound of `fxquant::linear`; where |x| @ |W| is beyond the dtype, anything."""
+    assert y.dtype == x.dtype
+    reference, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if bias is not None:
+        reference, magnitude = reference + bias.double(), magnitude + bias.double().abs()
+    info = torch.finfo(x.dtype)
+    bound = (2 * info.eps + x.shape[-1] * 2.0**-24) * magnitude + info.smallest_normal
+    assert ((y.double() - reference).abs() <= bound)[magnitude < info.max].all()
+
+
+@pytest.mark.parametrize("spelling", COVERED)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_product_is_that_of_the_decoded_weight(spelling: str, data: st.DataObject) -> None:
+    scheme, unit = Scheme.parse(spelling), COVERED[spelling]
+    n = data.draw(st.integers(1, 40), "rows of the weight")
+    k = unit * data.draw(st.integers(1, max(300 // unit, 3)), "units")
+    rows = data.draw(st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 13, 50)), "rows of x")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    planes = random_planes(scheme, n, k, seed=k)
+    x = torch.randn(rows, 2 * k)[:, ::2].to(dtype)
+    if data.draw(st.booleans(), "strided"):
+        x = torch.cat((x, x), 1)[:, :k] if data.draw(st.booleans(), "rows apart") else x.t().contiguous().t()
+    bias = data.draw(st.sampled_from((None, *DTYPES)), "bias")
+    bias = None if bias is None else torch.randn(n).to(bias)
+    y = product(x, planes, scheme, n, bias)
+    assert y.shape == (rows, n)
+    check(y, x, decoded(planes, scheme, n, k), bias)
+
+
+@pytest.mark.parametrize("spelling", NOT_COVERED)
+def test_what_is_not_covered_is_left_to_plain_torch(spelling: str) -> None:
+    scheme = Scheme.parse(spelling)
+    planes = random_planes(scheme, 8, 240)
+    with native.from_size(0):
+        assert native.linear(torch.randn(2, 240), planes, scheme, 8, None) is None
+
+
+def test_tensors_that_are_left_to_plain_torch() -> None:
+    scheme, x = Scheme.parse("int4-g16"), torch.randn(2, 64)
+    planes = random_planes(scheme, 8, 64)
+    assert native.linear(x, planes, scheme, 8, None) is None, "small"
+    with native.from_size(0):
+        assert native.linear(x, planes, scheme, 8, None) is not None
+        assert native.linear(x.double(), planes, scheme, 8, None) is None
+        assert native.linear(x, {**planes, "scales": planes["scales"].half()}, scheme, 8, None) is None
+        assert native.linear(x, {**planes, "codes": planes["codes"][:7]}, scheme, 8, None) is None
+        assert native.linear(x, planes, scheme, 8, torch.randn(7)) is None
+        assert native.linear(torch.randn(1000, 64), planes, scheme, 8, None) is None, "many rows"
+        assert native.linear(x.to("meta"), planes, scheme, 8, None) is None
+
+
+def test_leading_dimensions_and_strided_planes() -> None:
+    scheme, x = Scheme.parse("uint4-g16"), torch.randn(2, 3, 64)
+    planes = random_planes(scheme, 12, 64)
+    y = product(x, {name: plane[::2] for name, plane in planes.items()}, scheme, 6, None)
+    assert y.shape == (2, 3, 6)
+    assert torch.equal(y, product(x, planes, scheme, 12, None)[..., ::2])
+
+
+@pytest.mark.parametrize("spelling", ["int4-g128", "nf4-dq", "int8", "q6_k", "fp8"])
+def test_a_row_depends_on_nothing_else(spelling: str) -> None:
+    scheme = Scheme.parse(spelling)
+    planes, x = random_planes(scheme, 33, 768), torch.randn(60, 768).bfloat16()
+    whole = product(x, planes, scheme, 33, None)
+    for rows in (1, 3, 4, 5, 13):
+        assert torch.equal(product(x[:rows], planes, scheme, 33, None), whole[:rows])
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_change_nothing() -> None:
+    for spelling in ("int4-g64", "uint3-g32", "nf4", "q4_k"):
+        scheme, found = Scheme.parse(spelling), []
+        planes = random_planes(scheme, 150, 768)
+        ids, stacks = torch.randint(0, 2, (9, 2)), {name: torch.stack((p, p.flip(0))) for name, p in planes.items()}
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with native.from_size(0):
+                torch.manual_seed(0)
+                y = native.experts(torch.randn(9, 768), ids, stacks, scheme, 150, None)
+            found.append([y, product(torch.randn(3, 768), planes, scheme, 150, None)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("spelling", ["fp8", "fp8-g64-fp16", "fp8e5m2-tensor"])
+def test_every_pattern_of_a_small_float(spelling: str) -> None:
+    scheme = Scheme.parse(spelling)
+    planes = random_planes(scheme, 256, 64)
+    planes["codes"] = torch.arange(256, dtype=torch.uint8).unsqueeze(1).expand(256, 64).contiguous()
+    y, weight = product(torch.eye(64)[:3], planes, scheme, 256, None), decoded(planes, scheme, 256, 64)
+    expected = torch.eye(64)[:3].double() @ weight.T
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert y.isnan().any()
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    scheme = Scheme.parse("int4-g16")
+    planes, x = random_planes(scheme, 8, 64), torch.ones(3, 64)
+    x[0, 5], x[1, 7] = math.nan, math.inf
+    y = product(x, planes, scheme, 8, None)
+    assert y[0].isnan().all()
+    assert not y[1].isfinite().any()
+    assert y[2].isfinite().all()
+    planes["scales"][3] = math.nan
+    assert torch.equal(product(x, planes, scheme, 8, None)[2].isnan(), torch.arange(8) == 3)
+
+
+def stacked(scheme: Scheme, experts: int, n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+    each = [random_planes(scheme, n, k, seed) for seed in range(experts)]
+    planes = {name: torch.stack([p[name] for p in each]) for name in each[0]}
+    return planes, torch.stack([decoded(p, scheme, n, k) for p in each])
+
+
+@pytest.mark.parametrize("spelling", ["int4-g64", "nf4-dq", "q4_k", "uint4-g32", "nvfp4", "fp8-b128x128", "int8"])
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_experts(spelling: str, data: st.DataObject) -> None:
+    scheme = Scheme.parse(spelling)
+    count, n = data.draw(st.integers(1, 5), "experts"), data.draw(st.integers(1, 40), "n")
+    tokens, picks = data.draw(st.sampled_from((0, 1, 2, 30)), "tokens"), data.draw(st.integers(1, 3), "picks")
+    planes, weights = stacked(scheme, count, n, 256)
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    x = torch.randn(tokens, picks, 256).to(dtype)
+    ids = torch.randint(-1, count + 1, (picks, tokens)).t()
+    bias = torch.randn(count, n).to(dtype) if data.draw(st.booleans(), "bias") else None
+    each = data.draw(st.booleans(), "a row for every id")
+    with native.from_size(0):
+        y = native.experts(x if each else x[:, 0], ids, planes, scheme, n, bias)
+    assert y is not None
+    assert y.shape == (tokens, picks, n)
+    for t in range(tokens):
+        for j in range(picks):
+            e, row = int(ids[t, j]), x[t, j if each else 0].unsqueeze(0)
+            if 0 <= e < count:
+                check(y[t, j].unsqueeze(0), row, weights[e], None if bias is None else bias[e])
+            else:
+                assert not y[t, j].any()
+
+
+def test_experts_that_are_left_to_plain_torch() -> None:
+    scheme = Scheme.parse("int4-g64")
+    planes, _ = stacked(scheme, 3, 8, 128)
+    x, ids = torch.randn(2, 128), torch.zeros(2, 2, dtype=torch.int64)
+    with native.from_size(0):
+        assert native.experts(x, ids, planes, scheme, 8, None) is not None
+        assert native.experts(x, ids.int(), planes, scheme, 8, None) is None
+        assert native.experts(x[:1], ids, planes, scheme, 8, None) is None
+        assert native.experts(x, ids, planes, scheme, 8, torch.randn(2, 8)) is None
+        assert native.experts(x, ids, {**planes, "codes": planes["codes"][:2]}, scheme, 8, None) is None
+
+
+def test_the_op_uses_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, x, bias = Scheme.parse("int4-g128"), torch.randn(3, 512), torch.randn(512)
+    planes = random_planes(scheme, 512, 512)
+    calls = list(planes.values()), [bias], str(scheme), [512], ABI
+    y = torch.ops.fxquant.linear(x, *calls)
+    check(y, x, decoded(planes, scheme, 512, 512), bias)
+    monkeypatch.setattr("fxquant.ops.decode", None)
+    assert torch.equal(torch.ops.fxquant.linear(x, *calls), y)
+
+
+def test_without_a_compiler_there_is_one_warning_and_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no g++ here\nand more")
+
+    monkeypatch.setattr(matmul, "compile_cpp", fails)
+    matmul.library.cache_clear()
+    scheme, x = Scheme.parse("int4-g128"), torch.randn(3, 512)
+    planes = random_planes(scheme, 512, 512)
+    try:
+        with pytest.warns(UserWarning, match="could not be compiled: no g\\+\\+ here"):
+            y = torch.ops.fxquant.linear(x, list(planes.values()), [], str(scheme), [512], ABI)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert native.linear(x, planes, scheme, 512, None) is None
+    finally:
+        matmul.library.cache_clear()
+    check(y, x, decoded(planes, scheme, 512, 512), None)
+
+
+def test_the_map_of_double_quantization_is_that_of_the_codecs() -> None:
+    assert torch.equal(matmul_levels.dynamic_map(), dynamic_map())
