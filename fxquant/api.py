@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxquant import graph_capture, reports
 from fxquant.calibration import check_calibration, input_scales
 from fxquant.errors import CaptureError, ModelError
-from fxquant.install import check_finite, install, record_of, uninstall
+from fxquant.install import check_weights, install, record_of, uninstall
 from fxquant.linears import find_linears, find_stacked
 from fxquant.modules import QLinear
 from fxquant.passes import DEFAULT
@@ -59,7 +59,7 @@ def quantize(
         RewriteError: a pass failed. Every check runs before the first weight changes.
     """
     graph, made = _plan(model, recipe, example_inputs, exclude)
-    check_finite(model, made)
+    check_weights(model, made)
     check_calibration(model, made, calibration)
     modules: dict[str, nn.Module] = {}
     history = run_passes(graph, made, passes, modules) if graph is not None else History(reason=made.graph)

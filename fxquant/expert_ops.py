@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxquant.errors import ModelError
 from fxquant.expert_matmul import PLAIN, ExpertWeights, input_gradient, multiply_experts, weight_gradient
-from fxquant.ops import ABI, _autocast
+from fxquant.ops import ABI, with_autocast
 from fxquant.scheme import Scheme
 
 
@@ -174,4 +174,4 @@ __all__ = ["ABI", "experts", "experts_input_grad", "experts_weight_grad"]
 _LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
     for _name in ("experts", "experts_input_grad", "experts_weight_grad"):
-        _LIBRARY.impl(_name, _autocast(getattr(torch.ops.fxquant, _name)), _key)
+        _LIBRARY.impl(_name, with_autocast(getattr(torch.ops.fxquant, _name)), _key)

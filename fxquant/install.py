@@ -9,8 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from fxquant.codecs import all_finite, quantize, squared_error
-from fxquant.errors import ModelError
+from fxquant.codecs import all_finite, check_values, quantize, squared_error
+from fxquant.errors import ModelError, SchemeError
 from fxquant.modules import QLinear, follow_device_hook
 from fxquant.plans import Plan, PlanEntry
 from fxquant.rewrite import History
@@ -40,11 +40,12 @@ def forget(model: nn.Module) -> None:
     model.__dict__.pop(_RECORD, None)
 
 
-def check_finite(model: nn.Module, plan: Plan) -> None:
-    """Refuse weights that hold inf or nan, before anything has changed.
+def check_weights(model: nn.Module, plan: Plan) -> None:
+    """Refuse weights whose values cannot be stored, before anything has changed.
 
     Raises:
-        ModelError: names the layers.
+        ModelError: some hold inf or nan; names the layers.
+        SchemeError: some are too large for a library's rule; names the first layer.
     """
     broken = [e.name for e in plan.quantized if not all_finite(model.get_submodule(e.name).get_parameter("weight"))]
     if broken:
@@ -53,6 +54,12 @@ def check_finite(model: nn.Module, plan: Plan) -> None:
             f"  {', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}\n"
             "  the model was not changed: mend these weights, or keep these layers with exclude=[...]"
         )
+    for entry in plan.quantized:
+        assert entry.scheme is not None
+        try:
+            check_values(model.get_submodule(entry.name).get_parameter("weight"), entry.scheme, entry.scale)
+        except SchemeError as error:
+            raise SchemeError(f"{entry.name}: {error}\n  the model was not changed") from None
 
 
 def install(

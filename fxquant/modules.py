@@ -17,8 +17,9 @@ _OWN = frozenset({"spelling", "plane_names", "dtype", "origin", "transposed", "t
 _INTERNALS = frozenset(nn.Module().__dict__)
 """Attributes that every nn.Module has: parameters, buffers, hooks, the training flag."""
 _HOOKS = frozenset(name for name in _INTERNALS if "hook" in name)
-_LEFT_BEHIND = _INTERNALS | _OWN | {"forward", "_old_forward", "_hf_hook"}
-"""The last three are accelerate's: see `follow_device_hook`."""
+_LEFT_BEHIND = _INTERNALS | _OWN | {"forward", "_old_forward", "_hf_hook", "_compiled_call_impl"}
+"""`_compiled_call_impl` is what `module.compile()` made of the old code; the three before it are accelerate's, see
+`follow_device_hook`."""
 
 
 class QLinear(nn.Linear):

@@ -270,7 +270,7 @@ def _(planes: Sequence[Tensor], scheme: str, n: int, k: int, dtype: torch.dtype,
     return planes[0].new_empty(n, k, dtype=dtype)
 
 
-def _autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+def with_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
     """Under autocast only x takes the lower dtype: the library's own rule would round scales and codes as well."""
 
     def call(x: Tensor, *rest: Any) -> Any:
@@ -286,4 +286,4 @@ def _autocast(op: Callable[..., Any]) -> Callable[..., Any]:
 _LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
     for _name in ("linear", "quantize_activation", "linear_on_codes"):
-        _LIBRARY.impl(_name, _autocast(getattr(torch.ops.fxquant, _name)), _key)
+        _LIBRARY.impl(_name, with_autocast(getattr(torch.ops.fxquant, _name)), _key)

@@ -21,6 +21,7 @@ import fxquant
 from fxquant import Recipe, Rule, dequantize, history, plan, quantize
 from fxquant.codecs import dequantize as decode
 from fxquant.codecs import quantize as encode
+from fxquant.errors import SchemeError
 from fxquant.modules import QLinear
 from fxquant.scheme import Scheme
 
@@ -73,6 +74,17 @@ def test_output_is_that_of_the_dequantized_weights() -> None:
     for name in ("first", "second"):
         reference.get_submodule(name).weight.data = model.get_submodule(name).weight
     torch.testing.assert_close(model(torch.arange(9)), reference(torch.arange(9)))
+
+
+def test_a_scale_that_a_library_cannot_store_is_found_before_anything_changes() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.second.weight[3, 5] = 1e9
+    before = fingerprint(model)
+    recipe = Recipe([Rule("*", "int8-g4-fp16")], scale="compressed-tensors")
+    with pytest.raises(SchemeError, match=r"^second: compressed-tensors has no finite scale[^$]*not changed"):
+        quantize(model, recipe, **INPUTS)
+    assert fingerprint(model) == before
 
 
 def test_without_a_graph_the_same_weights_come_out() -> None:

@@ -15,6 +15,7 @@ from fxquant.codecs.columns import by_norm
 from fxquant.codecs.decode import alignment, packed_columns
 from fxquant.codecs.double import double
 from fxquant.codecs.family import TINY, Family, bounded, reciprocal
+from fxquant.codecs.finite import magnitude
 from fxquant.codecs.grid import Grid, Level, family_of
 from fxquant.codecs.hqq import hqq, hqq_problem
 from fxquant.codecs.leveled import leveled
@@ -24,6 +25,10 @@ from fxquant.codecs.scales import Plain, scale_format
 from fxquant.codecs.search import SCALE_SEARCHES, ScaleSearch, Search
 from fxquant.errors import SchemeError, nearest
 from fxquant.scheme import COLUMNS, Element, Scheme
+
+_SAFE = 1024.0
+"""No rule of a library makes of weights up to this magnitude a scale that fp16, whose largest number is 65504, cannot
+hold."""
 
 
 @torch.no_grad()
@@ -126,6 +131,19 @@ def check_search(scheme: Scheme, search: ScaleSearch) -> None:
         raise SchemeError(f"hqq optimises the zeros of blocks, and {problem}")
     if search in RULES:
         RULES[search](scheme)
+
+
+def check_values(weight: Tensor, scheme: Scheme, search: ScaleSearch) -> None:
+    """Refuse a weight for which the rule of a library would store an infinite scale.
+
+    Only a weight with values that a scale in fp16 may not reach is tried out; then as much memory is needed as for
+    quantizing it.
+
+    Raises:
+        SchemeError: as `quantize` does for this weight.
+    """
+    if search in RULES and magnitude(weight) > _SAFE:
+        quantize(weight, scheme, search)
 
 
 def _prepared(weight: Tensor, planes: Mapping[str, Tensor]) -> Tensor:
