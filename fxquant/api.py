@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxquant import graph_capture, reports
 from fxquant.calibration import check_calibration, input_scales
 from fxquant.errors import CaptureError, ModelError
+from fxquant.experts import find_experts
 from fxquant.install import check_weights, install, record_of, uninstall
 from fxquant.linears import find_linears, find_stacked
 from fxquant.modules import QLinear
@@ -139,15 +140,15 @@ def _plan(
     if exclude:
         resolved = resolved.excluding(exclude)
     _refuse_quantized(model)
-    sites, stacked = find_linears(model), find_stacked(model)
-    if not sites:
+    sites, experts, stacked = find_linears(model), find_experts(model), find_stacked(model)
+    if not sites and not experts:
         raise ModelError(f"this {type(model).__name__} holds no linear: there is nothing to quantize")
     graph, reason = None, ""
     try:
         graph = graph_capture.capture(model, example_inputs)
     except CaptureError as error:
         reason = str(error)
-    return graph, select(model, resolved, sites, stacked, graph, reason)
+    return graph, select(model, resolved, sites, experts, stacked, graph, reason)
 
 
 def _refuse_quantized(model: nn.Module) -> None:

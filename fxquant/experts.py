@@ -90,6 +90,11 @@ class ExpertSite:
             for projection in self.layout.projections:
                 yield expert_name(self.name, e, projection.name), e, projection
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every matrix `[N, K]`, a view, by its name."""
+        for name, e, projection in self.linears():
+            yield name, expert_weight(self.module, self.layout, projection.name, e)
+
 
 _ADAPTERS: dict[str, ExpertsAdapter] = {
     "DbrxExperts": ExpertsAdapter(

@@ -11,6 +11,8 @@ from torch import nn
 
 from fxquant.codecs import all_finite, check_values, quantize, squared_error
 from fxquant.errors import ModelError, SchemeError
+from fxquant.expert_modules import QExperts
+from fxquant.experts import ExpertSite, expert_weight, find_experts
 from fxquant.modules import QLinear, follow_device_hook
 from fxquant.plans import Plan, PlanEntry
 from fxquant.rewrite import History
@@ -47,7 +49,12 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
         ModelError: some hold inf or nan; names the layers.
         SchemeError: some are too large for a library's rule; names the first layer.
     """
-    broken = [e.name for e in plan.quantized if not all_finite(model.get_submodule(e.name).get_parameter("weight"))]
+    stacked = {name: weight for site in find_experts(model) for name, weight in site.weights()}
+    broken = [
+        e.name
+        for e in plan.quantized
+        if not all_finite(stacked[e.name] if e.kind == "expert" else model.get_submodule(e.name).get_parameter("weight"))
+    ]
     if broken:
         raise ModelError(
             f"{len(broken)} of {len(plan.quantized)} weights hold inf or nan, which no scheme can store\n"
@@ -89,10 +96,14 @@ def install(
         if not isinstance(module, QLinear):
             _place(model, (fqn,), module)
     for entry in plan.quantized:
+        if entry.kind == "expert":
+            continue
         made = modules.get(entry.name)
         new = made if isinstance(made, QLinear) else None
         record.errors[entry.name] = _install_one(model, entry, new, input_scales.get(entry.name))
         done(entry)
+    for site in find_experts(model):
+        _install_experts(model, site, plan, record, done)
 
 
 def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_scale: float | None) -> float:
@@ -113,11 +124,33 @@ def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_
     return error
 
 
+def _install_experts(
+    model: nn.Module, site: ExpertSite, plan: Plan, record: Record, done: Callable[[PlanEntry], None]
+) -> None:
+    """Quantize the experts of one module and put the new module in place: all of them in one step."""
+    found = {(e, p.name): plan.get(name) for name, e, p in site.linears()}
+    planned = {key: entry for key, entry in found.items() if entry is not None and entry.scheme is not None}
+    if not planned:
+        return
+    new = QExperts(site.module, site.layout, {key: entry.scheme for key, entry in planned.items()})
+    for (e, projection), entry in planned.items():
+        weight = expert_weight(site.module, site.layout, projection, e).detach()
+        assert entry.scheme is not None
+        with torch.no_grad():
+            planes = quantize(weight, entry.scheme, entry.scale)
+            missing = weight.is_meta
+            record.errors[entry.name] = float("nan") if missing else squared_error(weight, planes, entry.scheme)
+        new.load_planes(projection, e, planes)
+        done(entry)
+    follow_device_hook(new, site.module)
+    _place(model, site.aliases, new)
+
+
 def uninstall(model: nn.Module) -> int:
     """Put back the modules that `QLinear`s replaced, with dequantized weights; returns how many there were."""
-    names: dict[QLinear, list[str]] = {}
+    names: dict[QLinear | QExperts, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QLinear):
+        if isinstance(module, (QLinear, QExperts)):
             names.setdefault(module, []).append(name)
     count = len(names)
     while names:

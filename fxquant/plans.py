@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ class PlanEntry:
 
     name: str
     """FQN of the linear module; FQN of the parameter where no linear module owns the weight."""
-    kind: Literal["linear", "stacked", "bare"]
-    """`stacked`: a parameter of three or more dimensions, such as the experts of one layer. `bare`: a matrix that is
-    multiplied with by code that is not a linear module (a router's own weight)."""
+    kind: Literal["linear", "expert", "stacked", "bare"]
+    """`expert`: one matrix of one expert of a stack, under the name that it has in checkpoints. `stacked`: any other
+    parameter of three or more dimensions. `bare`: a matrix that is multiplied with by code that is not a linear module
+    (a router's own weight)."""
     type: str
     """Class of the module that owns the weight."""
     shape: tuple[int, ...]
@@ -67,10 +69,11 @@ class Plan:
 
     def __getitem__(self, name: str) -> PlanEntry:
         """The entry of this name, or of the module that has it as an alias."""
-        for entry in self.entries:
-            if name == entry.name or name in entry.aliases:
-                return entry
-        raise KeyError(name)
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, PlanEntry]:
+        return {name: e for e in reversed(self.entries) for name in (*e.aliases, e.name)}
 
     def get(self, name: str) -> PlanEntry | None:
         """The entry of this name, or None."""

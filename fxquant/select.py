@@ -11,6 +11,8 @@ from torch import fx, nn
 from fxquant import dataflow
 from fxquant.codecs import ScaleSearch, check_search
 from fxquant.errors import FxquantError, ModelError, SchemeError
+from fxquant.expert_plans import matrices, plan_experts
+from fxquant.experts import ExpertSite, find_unread_experts
 from fxquant.linears import LinearSite, StackedWeight
 from fxquant.plans import Plan, PlanEntry
 from fxquant.recipe import Recipe
@@ -34,38 +36,44 @@ def select(
     model: nn.Module,
     recipe: Recipe,
     sites: Sequence[LinearSite],
+    experts: Sequence[ExpertSite],
     stacked: Sequence[StackedWeight],
     graph: fx.GraphModule | None,
     no_graph: str = "",
 ) -> Plan:
-    """Decide for every linear of `sites` and every other matmul weight of `model`.
+    """Decide for every linear of `sites`, every matrix of `experts` and every other matmul weight of `model`.
 
     Args:
         model: the model, for its output embeddings and tied weights.
         recipe: the rules; the first that reaches a linear decides.
         sites: its linears, in order.
-        stacked: its parameters of three or more dimensions.
+        experts: its modules that hold stacked experts.
+        stacked: its parameters of three or more dimensions, those of experts too.
         graph: the captured graph, which tells routers and weights that other code reads; None falls back on structure.
         no_graph: why there is no graph.
 
     Raises:
         RecipeError: a rule decides nothing.
         SchemeError: a layer cannot hold the scheme that a rule names, and the recipe says that this is an error.
+        RecipeError: rules reach some of the experts of one module and say nothing of the others.
         ModelError: a rule spells a weight that cannot be replaced.
     """
     tied = _tied(model, sites)
     guards = _protected(model, sites, tied, graph)
     obstacles = _obstacles(sites)
     decisions = [_decide(recipe, s, guards.get(s.name), obstacles.get(s.name), s.name in tied) for s in sites]
-    used = {one.rule for one in decisions if one.rule is not None}
+    planned = plan_experts(recipe, experts)
+    used = {one.rule for one in decisions if one.rule is not None} | planned.used
     entries = [_linear_entry(recipe, s, one, s.name in tied) for s, one in zip(sites, decisions, strict=True)]
-    entries += [_stacked_entry(recipe, weight, used) for weight in stacked]
+    entries += planned.entries
+    read, unread = matrices(experts), find_unread_experts(model)
+    entries += [_stacked_entry(recipe, weight, used, unread) for weight in stacked if weight.name not in read]
     if graph is not None:
         known = {weight.name for weight in stacked}
         bare = dataflow.bare_matmuls(graph, sites)
         entries += [_bare_entry(model, name, where) for name, where in bare.items() if name not in known]
-    _refuse(decisions)
-    error = unmatched(recipe, used, [site.name for site in sites])
+    _refuse([one.error for one in decisions if one.error is not None] + list(planned.errors))
+    error = unmatched(recipe, used, [site.name for site in sites] + [e.name for e in planned.entries])
     if error is not None:
         raise error
     counted = sum(e.bytes_before for e in entries)
@@ -102,8 +110,7 @@ def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str |
     return _Decision(scheme, index, reason, rule.scale or recipe.scale)
 
 
-def _refuse(decisions: Sequence[_Decision]) -> None:
-    errors = [one.error for one in decisions if one.error is not None]
+def _refuse(errors: Sequence[FxquantError]) -> None:
     if errors:
         more = f"\n  and {len(errors) - 1} more weights likewise" if len(errors) > 1 else ""
         raise type(errors[0])(f"{errors[0]}{more}")
@@ -192,16 +199,17 @@ def _linear_entry(recipe: Recipe, site: LinearSite, one: _Decision, tied: bool) 
     )
 
 
-def _stacked_entry(recipe: Recipe, weight: StackedWeight, used: set[int]) -> PlanEntry:
+def _stacked_entry(recipe: Recipe, weight: StackedWeight, used: set[int], unread: Mapping[str, str]) -> PlanEntry:
     """A stack of matrices stays as it is; a rule that leaves it alone counts as used, one that spells it is refused."""
+    reason = unread.get(weight.module_name, "a stack of matrices, and no experts as far as is known")
     for i, rule in enumerate(recipe.rules):
         inside = [n for n in (weight.name, weight.module_name) if rule.matches(n, nn.Module, math.prod(weight.shape))]
         if inside and rule.scheme is None:
             used.add(i)
         elif any(rule.spells(name) for name in inside):
             raise ModelError(
-                f"rule {i + 1}, {rule.match!r}, names {weight.name}, a stack of matrices {list(weight.shape)}: these "
-                "are not quantized yet\n  leave the rule out: the plan lists them as kept"
+                f"rule {i + 1}, {rule.match!r}, names {weight.name} {list(weight.shape)}, which cannot be quantized: "
+                f"{reason}\n  leave the rule out: the plan lists it as kept; or see fxquant.register_experts"
             )
     return PlanEntry(
         name=weight.name,
@@ -211,7 +219,7 @@ def _stacked_entry(recipe: Recipe, weight: StackedWeight, used: set[int]) -> Pla
         dtype=str(weight.dtype).removeprefix("torch."),
         bytes_before=weight.nbytes,
         bytes_after=weight.nbytes,
-        reason="a stack of matrices (experts): not quantized",
+        reason=reason,
     )
 
 
