@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant import graph_capture, reports
+from fxquant import graph_capture, model_report
 from fxquant.calibration import check_calibration, input_scales
 from fxquant.errors import CaptureError, ModelError
+from fxquant.expert_modules import QExperts
 from fxquant.experts import find_experts
 from fxquant.install import check_weights, install, record_of, uninstall
 from fxquant.linears import find_linears, find_stacked
@@ -35,7 +36,7 @@ def quantize(
     exclude: Sequence[str] = (),
     progress: bool = True,
 ) -> nn.Module:
-    """Store the weights of a model's linears in 2 to 8 bits, in place.
+    """Store the weights of a model's linears and experts in 2 to 8 bits, in place.
 
     Args:
         model: any `nn.Module`, on any device, the meta device included.
@@ -114,7 +115,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ModelError: when nothing in the model is quantized.
     """
-    return reports.report(getattr(model, "_orig_mod", model))  # what torch.compile wraps
+    return model_report.report(getattr(model, "_orig_mod", model))  # what torch.compile wraps
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -142,7 +143,7 @@ def _plan(
     _refuse_quantized(model)
     sites, experts, stacked = find_linears(model), find_experts(model), find_stacked(model)
     if not sites and not experts:
-        raise ModelError(f"this {type(model).__name__} holds no linear: there is nothing to quantize")
+        raise ModelError(f"this {type(model).__name__} holds no linear and no experts: there is nothing to quantize")
     graph, reason = None, ""
     try:
         graph = graph_capture.capture(model, example_inputs)
@@ -152,11 +153,10 @@ def _plan(
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, QLinear)]
+    found = [name for name, m in model.named_modules() if isinstance(m, (QLinear, QExperts))]
     if found:
-        name, module = found[0]
         raise ModelError(
-            f"this {type(model).__name__} is quantized already: {len(found)} linears, {name} in {module.spelling}\n"
+            f"this {type(model).__name__} is quantized already: {len(found)} modules, {found[0]} first\n"
             "  quantize the original model, or call fxquant.dequantize(model) first"
         )
 

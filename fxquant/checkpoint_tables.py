@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fxquant.errors import FileError
+from fxquant.experts import find_experts, find_unread_experts
 from fxquant.linears import find_linears, find_stacked
 from fxquant.model_files import build, is_model_directory
 from fxquant.model_index import read_index
+from fxquant.model_report import report
 from fxquant.plans import merged_name, name_pattern
 from fxquant.pretrained import load_config, model_class, skeleton
-from fxquant.reports import report
 from fxquant.tables import Table, bytes_text
 
 _BITS: Mapping[str, int] = {
@@ -70,10 +72,13 @@ def _summary(source: str, config: Any, model: nn.Module, quantization: str) -> T
 
 def _ours(source: str) -> str:
     index = read_index(source)
-    schemes: dict[str, int] = {}
-    for scheme, _ in index.linears.values():
-        schemes[str(scheme)] = schemes.get(str(scheme), 0) + 1
-    counts = ", ".join(f"{count} linears in {name}" for name, count in schemes.items())
+    linears = Counter(str(scheme) for scheme, _ in index.linears.values())
+    stacks = Counter(str(scheme) for schemes, _ in index.experts.values() for scheme in set(schemes.values()))
+    counts = ", ".join(
+        f"{count} {what} in {name}"
+        for what, found in (("linears", linears), ("stacks of experts", stacks))
+        for name, count in found.items()
+    )
     return f"fxquant: {counts}" + (f"; recipe {index.recipe}" if index.recipe else "")
 
 
@@ -165,5 +170,13 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
         others = [name for name in names.get(id(weight), ()) if name.rpartition(".")[0] not in site.aliases]
         note = site.obstacle or (f"shared with {', '.join(others)}" if others else "")
         yield _Weight(site.name, (site.n, site.k), type(site.module).__name__, nbytes, note)
+    sites, unread = find_experts(model), find_unread_experts(model)
+    experts = {
+        f"{name}.{p.parameter}": site.layout.experts
+        for site in sites
+        for name in site.aliases
+        for p in site.layout.projections
+    }
     for stack in find_stacked(model):
-        yield _Weight(stack.name, stack.shape, "stack", stack.nbytes, "")
+        kind = f"{experts[stack.name]} experts" if stack.name in experts else "stack"
+        yield _Weight(stack.name, stack.shape, kind, stack.nbytes, unread.get(stack.module_name, ""))

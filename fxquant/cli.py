@@ -126,9 +126,9 @@ def quantize_checkpoint(
     from fxquant.errors import FileError
     from fxquant.install import record_of
     from fxquant.model_files import check_target, write_model
+    from fxquant.model_report import report
     from fxquant.pretrained import load_config, load_model, load_tokenizer, refuse_quantized
     from fxquant.recipe import Recipe
-    from fxquant.reports import report
 
     chosen = Recipe.resolve(recipe)
     check_target(out, force=force)

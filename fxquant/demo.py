@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fxquant.api import plan, quantize
 from fxquant.errors import FileError
+from fxquant.model_report import report
 from fxquant.perplexity import cut_windows, load_tokens, perplexity
 from fxquant.pretrained import load_model, load_tokenizer
-from fxquant.reports import Report, report
+from fxquant.reports import Report
 from fxquant.tables import bytes_text
 
 WINDOW = 256
@@ -131,8 +132,8 @@ def _print_sizes(console: Console, made: Report, before: float, after: float, se
     small, large = bytes_text(made.bytes_after), bytes_text(made.bytes_before)
     whole = f"{bytes_text(made.model_bytes_before)} -> {bytes_text(made.model_bytes_after)}"
     bits = f"{made.bits_per_weight:.4g} bits per weight"
-    _fact(console, "quantized", f"{len(made.layers)} linears in {seconds:.1f} s, {bits}")
-    _fact(console, "linears", f"{large} -> {small}, {made.ratio:.2f} times smaller (whole model: {whole})", strong=True)
+    _fact(console, "quantized", f"{made.counted} in {seconds:.1f} s, {bits}")
+    _fact(console, "weights", f"{large} -> {small}, {made.ratio:.2f} times smaller (whole model: {whole})", strong=True)
     for worst in made.worst(1):
         _fact(console, "error", f"largest in {worst.name}: {worst.error:.2e}, SQNR {worst.sqnr_db:.1f} dB")
     change = 100 * (after / before - 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.expert_layouts import ExpertsLayout
+from fxquant.expert_layouts import ExpertsLayout, Projection
 
 _INTERNALS = frozenset(nn.Module().__dict__)
 """Attributes that every nn.Module has: parameters, buffers, hooks, the training flag."""
@@ -75,6 +75,19 @@ class ExpertsContainer(nn.Module):
                 + "".join(f", {name}" for name in kwargs)
             )
         return self.layout.forward(self, *args, *(kwargs[name] for name in names))
+
+    def matrix_shape(self, projection: Projection) -> tuple[int, int]:
+        """`(N, K)` of one matrix of a projection."""
+        *first, rows, columns = self.stack_shapes[projection.parameter]
+        rows = rows if first else rows // self.layout.experts
+        n, k = (columns, rows) if projection.transposed else (rows, columns)
+        return n // projection.parts, k
+
+    @property
+    def product_shape(self) -> tuple[int, int] | None:
+        """`(N, K)` of experts that are a product `[..., K]` to `[..., N]` and nothing else; None for all others."""
+        projections = self.layout.projections
+        return self.matrix_shape(projections[0]) if len(projections) == 1 else None
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the class that this container stands for, where it has none of that name itself."""

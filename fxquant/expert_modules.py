@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxquant.codecs import dequantize
 from fxquant.errors import ModelError
 from fxquant.expert_containers import ExpertsContainer
-from fxquant.expert_layouts import ExpertsLayout, as_stack
+from fxquant.expert_layouts import ExpertsLayout, Projection, as_stack
 from fxquant.expert_matmul import PLAIN
 from fxquant.expert_ops import ABI
 from fxquant.expert_stacks import Schemes, Stack, joined, stacks_of
@@ -120,11 +120,11 @@ class QExperts(ExpertsContainer):
             return [as_stack(getattr(self, _flat(stack.parameter)), self.layout, stack.parameter)]
         return [getattr(self, stack.tensor(name)) for name in stack.planes]
 
-    def named_projections(self) -> Iterator[tuple[str, Scheme | None]]:
-        """Every matrix of every expert, `17.down_proj`, expert by expert, and its scheme; None where it has none."""
+    def matrices(self) -> Iterator[tuple[int, Projection, Scheme | None]]:
+        """Every matrix of every expert, expert by expert: its expert, projection and scheme; None where it has none."""
         for e in range(self.layout.experts):
             for p in self.layout.projections:
-                yield f"{e}.{p.name}", self.scheme_of(p.name, e)
+                yield e, p, self.scheme_of(p.name, e)
 
     def scheme_of(self, name: str, e: int) -> Scheme | None:
         """How one matrix is stored; None for one that stays as it is.
@@ -134,6 +134,14 @@ class QExperts(ExpertsContainer):
         """
         spelling = self._stack(name, e).scheme
         return None if spelling == PLAIN else Scheme.parse(spelling)
+
+    def keeps_parameter(self, name: str) -> bool:
+        """Whether nothing of the parameter that holds this projection is quantized, so that it is the module's own.
+
+        Raises:
+            ModelError: there is no such projection.
+        """
+        return self._stack(name, 0).whole
 
     def planes_of(self, name: str, e: int) -> dict[str, Tensor]:
         """The planes of one matrix as its scheme has them, mostly views; `weight`, where it has no scheme.
@@ -145,6 +153,21 @@ class QExperts(ExpertsContainer):
         specs = stack.specs(stack.part, self.dtype).items()
         held = zip(specs, self._planes(stack), strict=True)
         return {plane: stack.of_one(tensor, name, e).reshape(spec.shape) for (plane, spec), tensor in held}
+
+    @property
+    def plane_names(self) -> tuple[str, ...]:
+        """Names of the buffers that hold stacked planes."""
+        stored = (stack for stack in self.stacks if stack.scheme != PLAIN)
+        return tuple(stack.tensor(name) for stack in stored for name in stack.planes)
+
+    def members_problem(self) -> str | None:
+        """What is wrong with a buffer that tells whose planes a stack holds, as tensors from files may have it."""
+        for stack in self.stacks:
+            name = stack.tensor("experts")
+            found = self._buffers.get(name)
+            if found is not None and found.tolist() != list(stack.experts):
+                return f"its {name} are {found.tolist()[:8]}, not the experts {list(stack.experts)[:8]} of this stack"
+        return None
 
     def load_planes(self, name: str, e: int, planes: Mapping[str, Tensor]) -> None:
         """Copy the planes of one matrix to their place, whose room is made, for the whole stack, when the first arrive.
@@ -237,8 +260,7 @@ class QExperts(ExpertsContainer):
         return f"{self.origin.__name__}, experts={self.layout.experts}, {', '.join(stacks)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QExperts:
-        stored = [stack for stack in self.stacks if stack.scheme != PLAIN]
-        planes = {id(plane) for stack in stored for plane in self._planes(stack)}
+        planes = {id(getattr(self, name)) for name in self.plane_names}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

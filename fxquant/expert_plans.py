@@ -125,4 +125,3 @@ def _shared(sites: Sequence[ExpertSite]) -> dict[str, str]:
 def matrices(sites: Sequence[ExpertSite]) -> set[str]:
     """Names of the parameters that hold the experts of these modules."""
     return {f"{alias}.{p.parameter}" for site in sites for alias in site.aliases for p in site.layout.projections}
-

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from fxquant.capture_errors import quiet, reason
 from fxquant.errors import CaptureError, ModelError
 from fxquant.example_inputs import candidates
+from fxquant.expert_modules import QExperts
 from fxquant.inductor import pytree
 from fxquant.linears import find_linears, is_expert_stack
 from fxquant.modules import QLinear
@@ -104,12 +105,13 @@ def capture(
 ) -> fx.GraphModule:
     """One graph of what `model` computes in eval mode, on inputs of the shapes and dtypes of `example_inputs`.
 
-    Every linear (`find_linears`), `QLinear` and stack of experts (`is_expert_stack`) that the model calls is a
-    `call_module` node whose target is the model's own submodule. `get_attr` targets are the model's own parameters and
-    buffers, and constants of the trace. The result is called as the model is and returns what it returns, without what
-    no graph can hold (caches), which comes back as None. Gradients are those of the ops: no region is without them.
-    Nodes keep `meta["val"]`, `meta["nn_module_stack"]` and `meta["stack_trace"]`. `meta["example_inputs"]` of the graph
-    holds the args and kwargs that it was captured with. The model is left as it was.
+    Every linear (`find_linears`), `QLinear`, stack of experts (`is_expert_stack`) and `QExperts` that the
+    model calls is a `call_module` node whose target is the model's own submodule. `get_attr` targets are the model's
+    own parameters and buffers, and constants of the trace. The result is called as the model is and returns what it
+    returns, without what no graph can hold (caches), which comes back as None. Gradients are those of the ops: no
+    region is without them. Nodes keep `meta["val"]`, `meta["nn_module_stack"]` and `meta["stack_trace"]`.
+    `meta["example_inputs"]` of the graph holds the args and kwargs that it was captured with. The model is left as it
+    was.
 
     Args:
         model: any module, on any device, meta included: no weight is read.
@@ -194,7 +196,9 @@ def _leaf_modules(model: nn.Module, opaque: bool) -> Iterator[tuple[str, nn.Modu
         if site.name and plain:
             yield site.name, site.module, (site.n, site.k)
     for name, module in model.named_modules():
-        if name and (is_expert_stack(module) or _holds_experts(name, module, opaque)):
+        if name and isinstance(module, QExperts):
+            yield name, module, module.product_shape
+        elif name and (is_expert_stack(module) or _holds_experts(name, module, opaque)):
             yield name, module, None
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant.codecs import all_finite, check_values, quantize, squared_error
 from fxquant.errors import ModelError, SchemeError
@@ -16,6 +16,7 @@ from fxquant.experts import ExpertSite, expert_weight, find_experts
 from fxquant.modules import QLinear, follow_device_hook
 from fxquant.plans import Plan, PlanEntry
 from fxquant.rewrite import History
+from fxquant.sequential_experts import SequentialExperts
 
 _RECORD = "_fxquant"
 
@@ -49,24 +50,32 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
         ModelError: some hold inf or nan; names the layers.
         SchemeError: some are too large for a library's rule; names the first layer.
     """
-    stacked = {name: weight for site in find_experts(model) for name, weight in site.weights()}
-    broken = [
-        e.name
-        for e in plan.quantized
-        if not all_finite(stacked[e.name] if e.kind == "expert" else model.get_submodule(e.name).get_parameter("weight"))
-    ]
+    weights = {e.name: weight for e, weight in _planned_weights(model, plan)}
+    broken = [name for name, weight in weights.items() if not all_finite(weight)]
     if broken:
         raise ModelError(
-            f"{len(broken)} of {len(plan.quantized)} weights hold inf or nan, which no scheme can store\n"
+            f"{len(broken)} of {len(weights)} weights hold inf or nan, which no scheme can store\n"
             f"  {', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}\n"
             "  the model was not changed: mend these weights, or keep these layers with exclude=[...]"
         )
     for entry in plan.quantized:
         assert entry.scheme is not None
         try:
-            check_values(model.get_submodule(entry.name).get_parameter("weight"), entry.scheme, entry.scale)
+            check_values(weights[entry.name], entry.scheme, entry.scale)
         except SchemeError as error:
             raise SchemeError(f"{entry.name}: {error}\n  the model was not changed") from None
+
+
+def _planned_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[PlanEntry, Tensor]]:
+    """Every weight that is to be quantized, `[N, K]`, a view."""
+    stacked = {name: weight for site in find_experts(model) for name, weight in site.weights()}
+    for entry in plan.quantized:
+        yield entry, stacked[entry.name] if entry.kind == "expert" else _linear_weight(model, entry)
+
+
+def _linear_weight(model: nn.Module, entry: PlanEntry) -> Tensor:
+    weight = model.get_submodule(entry.name).get_parameter("weight").detach()
+    return weight.t() if entry.transposed and entry.kind == "linear" else weight
 
 
 def install(
@@ -86,38 +95,42 @@ def install(
         model: changed in place.
         plan: which linear gets which scheme.
         history: kept on the model.
-        modules: modules that passes made, by FQN: `QLinear`s of the plan, still without planes, and any others.
+        modules: modules that passes made, by FQN: those of the plan's weights, still without planes, and any others.
         done: called after each layer.
         input_scales: of the layers with static activation scales, by name.
     """
     record = Record(plan, history)
     model.__dict__[_RECORD] = record
     for fqn, module in modules.items():
-        if not isinstance(module, QLinear):
+        if not isinstance(module, (QLinear, QExperts)):
             _place(model, (fqn,), module)
+    sites = {name: site for site in find_experts(model) for name, _, _ in site.linears()}
+    stacks: dict[ExpertSite, list[PlanEntry]] = {}
     for entry in plan.quantized:
-        if entry.kind == "expert":
+        if entry.name in sites:
+            stacks.setdefault(sites[entry.name], []).append(entry)
             continue
         made = modules.get(entry.name)
         new = made if isinstance(made, QLinear) else None
-        record.errors[entry.name] = _install_one(model, entry, new, input_scales.get(entry.name))
+        record.errors[entry.name] = _install_linear(model, entry, new, input_scales.get(entry.name))
         done(entry)
-    for site in find_experts(model):
-        _install_experts(model, site, plan, record, done)
+    for site, entries in stacks.items():
+        made = modules.get(site.name)
+        for entry, error in _install_experts(model, site, entries, made if isinstance(made, QExperts) else None):
+            record.errors[entry.name] = error
+            done(entry)
+    for module in modules.values():
+        if isinstance(module, SequentialExperts):
+            module.own_weights()
 
 
-def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_scale: float | None) -> float:
+def _install_linear(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_scale: float | None) -> float:
     assert entry.scheme is not None
     old = model.get_submodule(entry.name)
+    transposed = entry.transposed and entry.kind == "linear"  # experts that a pass made linears of are not
     if new is None:  # the graph never calls it, or there is no graph
-        new = QLinear.replacing(old, entry.scheme, transposed=entry.transposed)
-    weight = old.get_parameter("weight").detach()
-    weight = weight.t() if entry.transposed else weight
-    with torch.no_grad():
-        planes = quantize(weight, entry.scheme, entry.scale)
-        if input_scale is not None:
-            planes["input_scale"].fill_(input_scale)
-        error = float("nan") if weight.is_meta else squared_error(weight, planes, entry.scheme)
+        new = QLinear.replacing(old, entry.scheme, transposed=transposed)
+    planes, error = _encode(_linear_weight(model, entry), entry, input_scale)
     new.load_planes(planes)
     follow_device_hook(new, old)
     _place(model, entry.aliases or (entry.name,), new)
@@ -125,29 +138,38 @@ def _install_one(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_
 
 
 def _install_experts(
-    model: nn.Module, site: ExpertSite, plan: Plan, record: Record, done: Callable[[PlanEntry], None]
-) -> None:
-    """Quantize the experts of one module and put the new module in place: all of them in one step."""
-    found = {(e, p.name): plan.get(name) for name, e, p in site.linears()}
-    planned = {key: entry for key, entry in found.items() if entry is not None and entry.scheme is not None}
-    if not planned:
-        return
-    new = QExperts(site.module, site.layout, {key: entry.scheme for key, entry in planned.items()})
-    for (e, projection), entry in planned.items():
-        weight = expert_weight(site.module, site.layout, projection, e).detach()
-        assert entry.scheme is not None
-        with torch.no_grad():
-            planes = quantize(weight, entry.scheme, entry.scale)
-            missing = weight.is_meta
-            record.errors[entry.name] = float("nan") if missing else squared_error(weight, planes, entry.scheme)
-        new.load_planes(projection, e, planes)
-        done(entry)
+    model: nn.Module, site: ExpertSite, entries: Sequence[PlanEntry], new: QExperts | None
+) -> Iterator[tuple[PlanEntry, float]]:
+    """Quantize the experts of one module and put the new module in place, all of them in one step."""
+    planned = {entry.name: entry for entry in entries}
+    schemes = {(e, p.name): planned[name].scheme for name, e, p in site.linears() if name in planned}
+    if new is None:
+        new = QExperts(site.module, site.layout, schemes)
+    for name, e, projection in site.linears():
+        if name in planned:
+            weight = expert_weight(site.module, site.layout, projection.name, e).detach()
+            planes, error = _encode(weight, planned[name])
+            new.load_planes(projection.name, e, planes)
+            yield planned[name], error
+        elif not new.keeps_parameter(projection.name):
+            kept = expert_weight(site.module, site.layout, projection.name, e).detach()
+            new.load_planes(projection.name, e, {"weight": kept})
     follow_device_hook(new, site.module)
     _place(model, site.aliases, new)
 
 
+def _encode(weight: Tensor, entry: PlanEntry, input_scale: float | None = None) -> tuple[dict[str, Tensor], float]:
+    """The planes of a weight, and their relative squared error."""
+    assert entry.scheme is not None
+    with torch.no_grad():
+        planes = quantize(weight, entry.scheme, entry.scale)
+        if input_scale is not None:
+            planes["input_scale"].fill_(input_scale)
+        return planes, float("nan") if weight.is_meta else squared_error(weight, planes, entry.scheme)
+
+
 def uninstall(model: nn.Module) -> int:
-    """Put back the modules that `QLinear`s replaced, with dequantized weights; returns how many there were."""
+    """Put back the modules that were replaced, with dequantized weights; returns how many there were."""
     names: dict[QLinear | QExperts, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (QLinear, QExperts)):

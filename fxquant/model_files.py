@@ -1,7 +1,7 @@
 """Quantized models as files: a directory with plain tensors in safetensors and everything else in JSON.
 
     config.json            transformers' config, with `quantization_config: {"quant_method": "fxquant"}`
-    fxquant.json           format version, model class, scheme and dtype of every quantized linear, shared tensors
+    fxquant.json           format version, model class, schemes and dtypes of quantized linears and experts, shared tensors
     fxquant.safetensors    the state_dict: planes, biases and all other parameters and buffers; and buffers outside it
                            that differ from what transformers computes, as after model.bfloat16()
     generation_config.json, tokenizer files
@@ -23,12 +23,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxquant.errors import FileError, nearest
+from fxquant.errors import FileError, FxquantError, nearest
+from fxquant.expert_modules import QExperts
+from fxquant.experts import ExpertSite, find_experts
 from fxquant.linears import find_linears
 from fxquant.model_index import FORMAT, INDEX, Index, index_from, index_of, read_index
 from fxquant.model_tensors import collect, load, store
 from fxquant.modules import QLinear
 from fxquant.pretrained import as_file_error, load_config, model_class, skeleton
+from fxquant.scheme import Scheme
 
 WEIGHTS = "fxquant.safetensors"
 
@@ -67,7 +70,7 @@ def write_model(
     """Write a quantized model of transformers as a directory, which appears complete or not at all.
 
     Args:
-        model: with at least one `QLinear`; its weights may be on any device but meta.
+        model: with at least one `QLinear` or `QExperts`; its weights may be on any device but meta.
         path: the directory; must not exist, or be empty.
         tokenizer: its files are written too.
         recipe: for people: what the model was quantized by.
@@ -105,6 +108,7 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
     index = read_index(path)
     model = build(load_config(path), index)
     load(model, Path(path) / WEIGHTS, index.shared)
+    _check_members(model, Path(path))
     empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
         raise FileError(f"{path} cannot be read: {', '.join(empty[:3])} of this {index.model} is in no file")
@@ -113,7 +117,7 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def build(config: Any, index: Index) -> nn.Module:
-    """A model without weights: `QLinear`s in place, parameters and planes on the meta device, in eval mode.
+    """A model without weights, in eval mode: quantized modules in place, parameters and planes on the meta device.
 
     Raises:
         FileError: config and index contradict each other, or a linear cannot hold its scheme.
@@ -125,7 +129,7 @@ def build(config: Any, index: Index) -> nn.Module:
         del config.quantization_config
     model = skeleton(model_class(config), config)
     sites = {name: site for site in find_linears(model) for name in site.aliases}
-    made: dict[str, QLinear] = {}
+    made: dict[str, nn.Module] = {}
     for name, (scheme, dtype) in index.linears.items():
         site = sites.get(name)
         if site is None or site.obstacle is not None:
@@ -137,9 +141,38 @@ def build(config: Any, index: Index) -> nn.Module:
         new = QLinear.replacing(site.module, scheme, transposed=site.transposed)
         new.dtype = dtype
         made |= dict.fromkeys(site.aliases, new)
+    stacks = {name: site for site in find_experts(model) for name in site.aliases}
+    for name in index.experts:
+        if name not in stacks:
+            raise FileError(f"{index.source}: the model has no experts of the name {name}{nearest(name, stacks)}")
+        made |= dict.fromkeys(stacks[name].aliases, _experts(index, name, stacks[name]))
     for name, module in made.items():
         model.set_submodule(name, module)
     return model
+
+
+def _experts(index: Index, name: str, site: ExpertSite) -> QExperts:
+    listed, dtype = index.experts[name]
+    schemes: dict[tuple[int, str], Scheme] = {}
+    for (e, projection), scheme in listed.items():
+        for one in range(site.layout.experts) if e is None else (e,):
+            if (one, projection) in schemes:
+                raise FileError(f"{index.source}: {name} has two schemes for {one}.{projection}")
+            schemes[one, projection] = scheme
+    try:
+        new = QExperts(site.module, site.layout, schemes)
+    except FxquantError as error:
+        raise FileError(f"{index.source}: {name}: {error}") from None
+    new.dtype = dtype
+    return new
+
+
+def _check_members(model: nn.Module, path: Path) -> None:
+    """The experts of each stack, which the op takes as an index, are those that the index file tells."""
+    for name, module in model.named_modules():
+        problem = module.members_problem() if isinstance(module, QExperts) else None
+        if problem:
+            raise FileError(f"{path / WEIGHTS}: {name}: {problem}")
 
 
 def _config_of(model: Any) -> Any:

@@ -13,13 +13,18 @@ import torch
 from torch import nn
 
 from fxquant.errors import FileError, ModelError, SchemeError
+from fxquant.expert_modules import QExperts
 from fxquant.model_tensors import FLOATS
 from fxquant.modules import QLinear
 from fxquant.scheme import Scheme
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "fxquant.json"
 _INDEX_LIMIT = 64 * 1024 * 1024
+
+
+Schemes = Mapping[tuple[int | None, str], Scheme]
+"""Expert, or None for all of them, and projection: the scheme."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Index:
     recipe: str
     linears: Mapping[str, tuple[Scheme, torch.dtype]]
     """Scheme and dtype of `.weight` of every quantized linear, by FQN."""
+    experts: Mapping[str, tuple[Schemes, torch.dtype]]
+    """Schemes and dtype of `weight_of` of every module of quantized experts, by FQN."""
     shared: Mapping[str, str]
     """Names of tensors that are another tensor under a second name."""
     source: str
@@ -64,7 +71,7 @@ def index_from(data: Any, source: str) -> Index:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise FileError(f"{source} has the format {found!r}; this version of fxquant reads format {FORMAT}")
-    linears, shared = _mapping(source, data, "linears"), _mapping(source, data, "shared")
+    linears, experts, shared = (_mapping(source, data, key) for key in ("linears", "experts", "shared"))
     for name, other in shared.items():
         if not isinstance(other, str):
             raise FileError(f"{source}: shared tensor {name!r} must name another tensor, got {other!r}")
@@ -72,6 +79,7 @@ def index_from(data: Any, source: str) -> Index:
         model=str(data.get("model", "")),
         recipe=str(data.get("recipe", "")),
         linears={name: _entry(source, name, entry) for name, entry in linears.items()},
+        experts={name: _experts(source, name, entry) for name, entry in experts.items()},
         shared=shared,
         source=source,
     )
@@ -92,7 +100,8 @@ def index_of(model: nn.Module, recipe: str) -> dict[str, Any]:
             "  its tensors are in model.state_dict()"
         )
     linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLinear)}
-    if not linears:
+    experts = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QExperts)}
+    if not linears and not experts:
         raise ModelError(f"nothing in this {kind} is quantized: write it with model.save_pretrained(path)")
     dtypes = {dtype: name for name, dtype in FLOATS.items()}
     return {
@@ -101,7 +110,18 @@ def index_of(model: nn.Module, recipe: str) -> dict[str, Any]:
         "recipe": recipe,
         "shared": {},
         "linears": {name: {"scheme": m.spelling, "dtype": dtypes[m.dtype]} for name, m in linears.items()},
+        "experts": {name: {"dtype": dtypes[m.dtype], "schemes": _by_projection(m)} for name, m in experts.items()},
     }
+
+
+def _by_projection(module: QExperts) -> dict[str, dict[str, Any]]:
+    """Of every projection the schemes, and which experts have each: their numbers, or "all"."""
+    found: dict[str, dict[str, Any]] = {p.name: {} for p in module.layout.projections}
+    for e, projection, scheme in module.matrices():
+        if scheme is not None:
+            found[projection.name].setdefault(str(scheme), []).append(e)
+    count = module.layout.experts
+    return {name: {k: "all" if len(v) == count else v for k, v in by.items()} for name, by in found.items()}
 
 
 def _mapping(source: str, data: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -112,10 +132,38 @@ def _mapping(source: str, data: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _entry(source: str, name: str, entry: Any) -> tuple[Scheme, torch.dtype]:
-    spelling, dtype = (entry.get("scheme"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(spelling, str) or not isinstance(dtype, str) or dtype not in FLOATS:
-        raise FileError(f"{source}: {name!r} needs a scheme and a dtype ({', '.join(FLOATS)}), got {entry!r}")
+    spelling = entry.get("scheme") if isinstance(entry, dict) else None
+    if not isinstance(spelling, str):
+        raise FileError(f"{source}: {name!r} needs a scheme, got {entry!r}")
+    return _scheme(source, name, spelling), _dtype(source, name, entry)
+
+
+def _experts(source: str, name: str, entry: Any) -> tuple[Schemes, torch.dtype]:
+    by_projection = entry.get("schemes") if isinstance(entry, dict) else None
+    if not isinstance(by_projection, dict) or not all(isinstance(by, dict) for by in by_projection.values()):
+        raise FileError(f"{source}: {name!r} needs schemes, an object for each projection, got {entry!r}")
+    found: dict[tuple[int | None, str], Scheme] = {}
+    for projection, by_scheme in by_projection.items():
+        for spelling, members in by_scheme.items():
+            if members != "all" and not (isinstance(members, list) and all(type(e) is int for e in members)):
+                raise FileError(f"{source}: {name!r}: experts in {spelling} are numbers or 'all', got {members!r}")
+            scheme = _scheme(source, name, spelling)
+            for e in (None,) if members == "all" else members:
+                if (e, projection) in found:
+                    raise FileError(f"{source}: {name!r} has two schemes for {members}.{projection}")
+                found[e, projection] = scheme
+    return found, _dtype(source, name, entry)
+
+
+def _dtype(source: str, name: str, entry: Mapping[str, Any]) -> torch.dtype:
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in FLOATS:
+        raise FileError(f"{source}: {name!r} needs a dtype ({', '.join(FLOATS)}), got {dtype!r}")
+    return FLOATS[dtype]
+
+
+def _scheme(source: str, name: str, spelling: str) -> Scheme:
     try:
-        return Scheme.parse(spelling), FLOATS[dtype]
+        return Scheme.parse(spelling)
     except SchemeError as error:
         raise FileError(f"{source}: {name!r}: {error}") from None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import FileError, ModelError
+from fxquant.expert_modules import QExperts
 from fxquant.modules import QLinear
 
 FLOATS: Mapping[str, torch.dtype] = {
@@ -177,7 +178,7 @@ def _check_tensor(file: str | os.PathLike[str], name: str, header: Any, old: Ten
 
 def _planes(model: nn.Module) -> set[str]:
     modules = model.named_modules(remove_duplicate=False)
-    return {f"{name}.{plane}" for name, m in modules if isinstance(m, QLinear) for plane in m.plane_names}
+    return {f"{name}.{plane}" for name, m in modules if isinstance(m, (QLinear, QExperts)) for plane in m.plane_names}
 
 
 def _like(old: Tensor, tensor: Tensor) -> Tensor:

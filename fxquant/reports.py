@@ -1,18 +1,12 @@
-"""What was quantized: sizes, bits and errors of a model, read from its module tree."""
+"""What was quantized, as data and as a table: sizes, bits and errors of a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor, nn
-
-from fxquant.errors import ModelError
-from fxquant.install import Record, record_of
-from fxquant.linears import find_linears, find_stacked
-from fxquant.modules import QLinear
 from fxquant.plans import merged_name, name_pattern
 from fxquant.tables import Table, bytes_text
 
@@ -21,9 +15,10 @@ _WORST = 3
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized linear."""
+    """One quantized linear, or one quantized matrix of one expert of a stack."""
 
     name: str
+    kind: Literal["linear", "expert"]
     n: int
     """Output features."""
     k: int
@@ -77,12 +72,12 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the quantized linears' weights in full precision."""
+        """Bytes of the quantized weights in full precision."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the quantized linears' planes."""
+        """Bytes of the planes of the quantized weights."""
         return sum(layer.bytes_after for layer in self.layers)
 
     @property
@@ -92,7 +87,7 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the quantized linears are."""
+        """How many times smaller the quantized weights are."""
         return self.bytes_before / self.bytes_after
 
     @property
@@ -143,13 +138,20 @@ class Report:
             "kept": [asdict(kept) for kept in self.kept],
         }
 
+    @property
+    def counted(self) -> str:
+        """How many weights are quantized, in words."""
+        experts = sum(layer.kind == "expert" for layer in self.layers)
+        linears = f"{len(self.layers) - experts} linears"
+        return f"{linears} and {experts} matrices of experts" if experts else linears
+
     def _notes(self) -> Iterator[str]:
         yield (
-            f"{len(self.layers)} linears quantized: {_percent(self.coverage)} of the weights of linears and experts, "
+            f"{self.counted} quantized: {_percent(self.coverage)} of the weights of linears and experts, "
             f"{_percent(self.weights / self.parameters)} of all parameters"
         )
         yield (
-            f"quantized linears: {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)}, "
+            f"quantized weights: {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)}, "
             f"{self.ratio:.2f} times smaller, {self.bits_per_weight:.4g} bits per weight"
         )
         before, after = self.model_bytes_before, self.model_bytes_after
@@ -170,77 +172,11 @@ class Report:
             yield f"in full precision: {len(found)} ({bytes_text(sum(x.nbytes for x in found))}), {reason}: {names}"
 
 
-def report(model: nn.Module) -> Report:
-    """What is quantized in a model: per layer scheme, bits, bytes and error; totals; what is not quantized, and why.
-
-    Read from the module tree, so it holds for submodules and copies too. Errors and reasons are what `quantize` left
-    on the model; where there is nothing of that, errors are None.
-
-    Args:
-        model: a quantized model, a copy or a part of one.
-
-    Raises:
-        ModelError: not a module, or nothing in it is quantized.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"a model is needed, a torch.nn.Module; got {type(model).__name__}")
-    record = record_of(model)
-    layers = tuple(_layer(name, m, record) for name, m in model.named_modules() if isinstance(m, QLinear))
-    if not layers:
-        raise ModelError(
-            f"nothing in this {type(model).__name__} is quantized by fxquant\n"
-            '  quantize it first: fxquant.quantize(model, "int4")'
-        )
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    parameters = sum(p.numel() for p in model.parameters()) + sum(x.n * x.k for x in layers)
-    return Report(
-        model=type(model).__name__,
-        layers=layers,
-        kept=tuple(_kept(model, record)),
-        parameters=parameters,
-        model_bytes_after=sum(_nbytes(t) for t in tensors.values()),
-    )
-
-
 def sqnr_db(error: float | None) -> float | None:
     """Signal to quantization noise ratio in dB of a relative squared error; None for None, inf for 0."""
     if error is None:
         return None
     return -10 * math.log10(error) if error > 0 else math.inf
-
-
-def _layer(name: str, module: QLinear, record: Record | None) -> LayerReport:
-    error = record.errors.get(name) if record else None
-    n, k = module.out_features, module.in_features
-    return LayerReport(
-        name=name,
-        n=n,
-        k=k,
-        scheme=module.spelling,
-        bytes_before=n * k * module.dtype.itemsize,
-        bytes_after=sum(_nbytes(plane) for plane in module.planes.values()),
-        error=None if error is None or math.isnan(error) else error,
-    )
-
-
-def _kept(model: nn.Module, record: Record | None) -> Iterator[Kept]:
-    planned: Mapping[str, str] = {e.name: e.reason for e in record.plan.kept} if record else {}
-    unplanned = "no rule reaches it" if record else "not quantized"
-    for site in find_linears(model):
-        if not isinstance(site.module, QLinear):
-            weight = site.module._parameters.get("weight")
-            nbytes = 0 if weight is None else _nbytes(weight)
-            reason = planned.get(site.name) or site.obstacle or unplanned
-            yield Kept(site.name, site.n * site.k, nbytes, reason)
-    for stack in find_stacked(model):
-        reason = planned.get(stack.name) or unplanned
-        yield Kept(stack.name, math.prod(stack.shape), stack.nbytes, reason)
-    bare = [e for e in record.plan.kept if e.kind == "bare"] if record else []
-    yield from (Kept(e.name, math.prod(e.shape), e.bytes_before, e.reason) for e in bare)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _row(group: list[LayerReport]) -> tuple[str, ...]:

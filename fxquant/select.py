@@ -76,9 +76,18 @@ def select(
     error = unmatched(recipe, used, [site.name for site in sites] + [e.name for e in planned.entries])
     if error is not None:
         raise error
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    entries.sort(key=lambda e: order.get(_owner(e), -1))
     counted = sum(e.bytes_before for e in entries)
     total = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return Plan(tuple(entries), str(recipe), "captured" if graph is not None else no_graph, max(total - counted, 0))
+
+
+def _owner(entry: PlanEntry) -> str:
+    """Name of the module that holds a weight."""
+    if entry.kind == "expert":
+        return entry.name.rsplit(".", 2)[0]
+    return entry.name if entry.kind == "linear" else entry.name.rpartition(".")[0]
 
 
 def _decide(recipe: Recipe, site: LinearSite, guard: str | None, obstacle: str | None, tied: bool) -> _Decision:

@@ -229,7 +229,7 @@ def _stack_obstacle(experts: SequentialExperts) -> str | None:
         if not isinstance(expert, nn.ModuleDict) or set(expert) != names or [*expert.parameters(recurse=False)]:
             return f"{e} is no longer just the linears {', '.join(sorted(names))}"
         for p in experts.layout.projections:
-            problem = _linear_obstacle(getattr(experts, str(e))[p.name], _shape(experts, p), p.bias is not None)
+            problem = _linear_obstacle(getattr(experts, str(e))[p.name], experts.matrix_shape(p), p.bias is not None)
             if problem:
                 return f"{e}.{p.name} {problem}"
     held = list(_held(experts))
@@ -241,14 +241,6 @@ def _stack_obstacle(experts: SequentialExperts) -> str | None:
             found = "; ".join(sorted(f"{d}, {where}, requires_grad={grad}" for d, where, grad in kinds))
             return f"their parameters would be one {name}, and differ: {found}"
     return None
-
-
-def _shape(experts: SequentialExperts, projection: Projection) -> tuple[int, int]:
-    """`(N, K)` of a projection, as the stack has it."""
-    *first, rows, columns = experts.stack_shapes[projection.parameter]
-    rows = rows if first else rows // experts.layout.experts
-    n, k = (columns, rows) if projection.transposed else (rows, columns)
-    return n // projection.parts, k
 
 
 def _linear_obstacle(linear: nn.Module, shape: tuple[int, int], bias: bool) -> str | None:

@@ -113,7 +113,7 @@ def test_inspect_a_quantized_model(quantized: tuple[Path, Result]) -> None:
     planes = 4 * sum(
         scheme.nbytes(n, k) for n, k in ((256, 256), (128, 256), (128, 256), (768, 256), (768, 256), (256, 768))
     )
-    assert f"{planes / 1e6:.3g} MB" in cells(result.stdout, "quantized linears:")[0]
+    assert f"{planes / 1e6:.3g} MB" in cells(result.stdout, "quantized weights:")[0]
     elements = sum(t.numel() for t in read_model(out).state_dict().values() if t.dtype == torch.uint8)
     assert cells(result.stdout, "U8")[2] == f"{elements:,}"
     assert "model.layers.0.self_attn.o_proj" in result.stdout
@@ -144,7 +144,7 @@ def test_inspect_names_other_formats_shared_weights_and_experts(tmp_path: Path) 
     assert "Conv1D" in result.stdout
     tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")
     result = run("inspect", tmp_path / "mixtral")
-    assert cells(result.stdout, "model.layers.{0..1}.mlp.experts.down_proj (2x)")[2] == "stack"
+    assert cells(result.stdout, "model.layers.{0..1}.mlp.experts.down_proj (2x)")[2] == "4 experts"
 
 
 def test_recipes_lists_presets_and_schemes_with_their_bits() -> None:

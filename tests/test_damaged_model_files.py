@@ -57,13 +57,13 @@ def first_linear(path: Path, **changes: Any) -> dict[str, Any]:
         (lambda p: (p / INDEX).write_text("[" * 100_000), "is not valid JSON"),
         (lambda p: (p / INDEX).write_text("[]"), "has the format 'list'"),
         (lambda p: (p / INDEX).unlink(), "is not a model that fxquant wrote"),
-        (lambda p: change_index(p, format=2), "has the format 2; this version of fxquant reads format 1"),
+        (lambda p: change_index(p, format=3), "has the format 3; this version of fxquant reads format 2"),
         (lambda p: change_index(p, linears=[]), "'linears' must be an object, got list"),
         (lambda p: change_index(p, shared={"a": 3}), "must name another tensor, got 3"),
         (lambda p: change_index(p, linears=first_linear(p, scheme="int9")), "unknown scheme 'int9'"),
-        (lambda p: change_index(p, linears=first_linear(p, scheme=4)), "needs a scheme and a dtype"),
-        (lambda p: change_index(p, linears=first_linear(p, dtype="int8")), "needs a scheme and a dtype"),
-        (lambda p: change_index(p, linears=first_linear(p, dtype=["float32"])), "needs a scheme and a dtype"),
+        (lambda p: change_index(p, linears=first_linear(p, scheme=4)), "needs a scheme, got"),
+        (lambda p: change_index(p, linears=first_linear(p, dtype="int8")), "needs a dtype"),
+        (lambda p: change_index(p, linears=first_linear(p, dtype=["float32"])), "needs a dtype"),
         (lambda p: change_index(p, linears={"model.layers.0.self_attn.qproj": ENTRY}), "did you mean"),
         (lambda p: change_index(p, linears={"model.embed_tokens": ENTRY}), "has no linear of this name"),
         (lambda p: change_index(p, linears={"": ENTRY}), "has no linear of this name"),
@@ -99,6 +99,67 @@ def test_files_that_lie_are_refused(change: Callable[[Path], Any], message: str,
 
 
 ENTRY = {"scheme": "int8", "dtype": "float32"}
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture
+def with_experts(tmp_path: Path) -> Path:
+    """Experts of which each layer has two schemes, so that there are members to lie about."""
+    recipe = [("*.experts.{0,2}.*", "int4-g32"), ("*", "int8")]
+    model = fxquant.quantize(tiny_model("mixtral"), recipe, progress=False)
+    write_model(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_experts(path: Path, name: str = EXPERTS, **changes: Any) -> None:
+    experts = json.loads((path / INDEX).read_text())["experts"]
+    entry = experts.pop(EXPERTS)
+    change_index(path, experts={**experts, name: entry | changes})
+
+
+def change_members(path: Path, members: list[int]) -> None:
+    tensors = load_file(path / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("_experts"))
+    save_file(tensors | {name: torch.tensor(members)}, path / WEIGHTS)
+
+
+def all_in(*spellings: str, projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> dict[str, Any]:
+    return {name: dict.fromkeys(spellings, "all") for name in projections}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: change_index(p, experts=[]), "'experts' must be an object, got list"),
+        (lambda p: change_index(p, experts={EXPERTS: []}), "needs schemes, an object for each projection"),
+        (lambda p: change_index(p, experts={}), "holds tensors that the model does not have"),
+        (lambda p: change_experts(p, schemes=3), "needs schemes, an object"),
+        (lambda p: change_experts(p, schemes={"gate_proj": "int8"}), "needs schemes, an object"),
+        (lambda p: change_experts(p, schemes={"gate_proj": {"int8": 3}}), "are numbers or 'all', got 3"),
+        (lambda p: change_experts(p, schemes={"gate_proj": {"int8": [True]}}), "are numbers or 'all'"),
+        (lambda p: change_experts(p, schemes={"gate_proj": {"int8": [9]}}), "matrices that these experts do not have"),
+        (lambda p: change_experts(p, schemes={"gate_proj": {"int8": [-1]}}), "matrices that these experts do not have"),
+        (lambda p: change_experts(p, schemes={"gat_proj": {"int8": "all"}}), "matrices that these experts do not have"),
+        (lambda p: change_experts(p, schemes=all_in("int8", "nf4")), "has two schemes for all.gate_proj"),
+        (
+            lambda p: change_experts(p, schemes={"up_proj": {"int8": [1], "nf4": "all"}}),
+            "has two schemes for 1.up_proj",
+        ),
+        (lambda p: change_experts(p, schemes=all_in("int44")), "did you mean"),
+        (lambda p: change_experts(p, schemes=all_in("int8-g7")), "not a multiple"),
+        (lambda p: change_experts(p, schemes=all_in("nf4")), "lacks tensors of the model"),
+        (lambda p: change_experts(p, dtype="int8"), "needs a dtype"),
+        (lambda p: change_experts(p, name="model.layers.1.mlp.expert"), "has no experts of the name.*did you mean"),
+        (lambda p: change_experts(p, name="model.layers.1.mlp"), "has no experts of the name"),
+        (lambda p: change_members(p, [0, 3]), r"are \[0, 3\], not the experts \[0, 2\]"),
+        (lambda p: change_members(p, [0, 99]), r"are \[0, 99\], not the experts"),
+        (lambda p: change_members(p, [0]), "the model needs"),
+    ],
+)
+def test_experts_that_lie_are_refused(change: Callable[[Path], Any], message: str, with_experts: Path) -> None:
+    change(with_experts)
+    with pytest.raises(FileError, match=message):
+        read_model(with_experts)
 
 
 def change_config(path: Path, **changes: Any) -> None:

@@ -43,7 +43,7 @@ def test_it_prints_the_plan_and_the_sizes(int4: tuple[str, DemoResult]) -> None:
     after = sum(e.bytes_after for e in plan.quantized)
     assert (result.report.bytes_before, result.report.bytes_after) == (before, after)
     assert before / after >= 3.5
-    assert fact(text, "linears").startswith(f"6.29 MB -> 1.62 MB, {before / after:.2f} times smaller")
+    assert fact(text, "weights").startswith(f"6.29 MB -> 1.62 MB, {before / after:.2f} times smaller")
     assert "LlamaForCausalLM, 4.2 M parameters, bfloat16" in fact(text, "model")
     assert fact(text, "text") == "126,494 tokens of heldout.txt, 3 windows of 256 are used"
 

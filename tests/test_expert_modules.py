@@ -76,12 +76,10 @@ def test_every_class_with_mixed_schemes(name: str) -> None:
     new, reference = quantized(module, mixed)
     args = arguments(module)
     assert_close(new(*args), reference(*args))
-    found = dict(new.named_projections())
-    for key, scheme in found.items():
-        e, _, projection = key.partition(".")
-        wanted = mixed(int(e), projection)
-        assert (None if scheme is None else str(scheme)) == wanted
-    assert len(found) == new.layout.experts * len(new.layout.projections)
+    found = list(new.matrices())
+    for e, projection, scheme in found:
+        assert (None if scheme is None else str(scheme)) == mixed(e, projection.name)
+    assert len({(e, projection.name) for e, projection, _ in found}) == new.layout.experts * len(new.layout.projections)
 
 
 @pytest.mark.parametrize("name", sorted(experts_classes()))

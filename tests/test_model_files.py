@@ -17,11 +17,12 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import FileError, ModelError
+from fxquant.expert_modules import QExperts
 from fxquant.model_files import WEIGHTS, check_target, is_model_directory, read_model, write_model
 from fxquant.model_index import INDEX, read_index
+from fxquant.model_report import report
 from fxquant.modules import QLinear
 from fxquant.pretrained import load_model, load_tokenizer
-from fxquant.reports import report
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import tiny_model
@@ -65,6 +66,11 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
             assert isinstance(other, QLinear)
             for attribute in ("spelling", "dtype", "origin", "transposed", "trainable", "in_features", "out_features"):
                 assert getattr(module, attribute) == getattr(other, attribute)
+        if isinstance(module, QExperts):
+            other = b.get_submodule(name)
+            assert isinstance(other, QExperts)
+            for attribute in ("stacks", "dtype", "origin", "trainable", "stack_shapes"):
+                assert getattr(module, attribute) == getattr(other, attribute)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,14 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         ("bloom", "fp8", torch.bfloat16),
         ("gemma3_text", "nf4", torch.bfloat16),
         ("mixtral", "int8", torch.bfloat16),
+        (
+            "mixtral",
+            [("*.experts.{0,2}.*", "nf4-dq"), ("*.experts.3.up_proj", None), ("*", "int4-g32")],
+            torch.bfloat16,
+        ),
+        ("gpt_oss", [("*.experts.*", "mxfp4"), ("*", "int8")], torch.bfloat16),
+        ("dbrx", [("*.experts.*.down_proj", "int4-g32-asym"), ("*", "int8")], torch.float32),
+        ("longcat_flash", "int8", torch.float32),
     ],
 )
 def test_a_model_comes_back_bit_for_bit(kind: str, recipe: Any, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -144,7 +158,7 @@ def test_transformers_without_fxquant_refuses_the_directory(written: Path) -> No
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(written)
     config = json.loads((written / "config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": "fxquant", "format": 1}
+    assert config["quantization_config"] == {"quant_method": "fxquant", "format": 2}
 
 
 def test_a_view_of_a_large_tensor_is_written_alone(tmp_path: Path) -> None:

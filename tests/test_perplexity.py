@@ -167,9 +167,10 @@ def table() -> Any:
     return module
 
 
-def test_the_table_measures_what_it_prints(table: Any) -> None:
-    rows = table.measure_all(("int8", "nf4-dq"), 6)
-    model, tokens = table.load()
+@pytest.mark.parametrize("name", ["code-dense", "code-moe"])
+def test_the_table_measures_what_it_prints(table: Any, name: str) -> None:
+    rows = table.measure_all(name, ("int8", "nf4-dq"), 6)
+    model, tokens = table.load(name)
     baseline = perplexity(model, tokens, 256, 6)
     assert rows[0].perplexity == baseline
     assert [row.scheme for row in rows] == ["bf16", "int8", "nf4-dq"]
@@ -188,6 +189,9 @@ def test_the_check_fails_where_a_scheme_costs_more_than_it_may(table: Any) -> No
     def row(scheme: str, change: float) -> Any:
         return table.Row(scheme, "absmax", 8.0, 10.0, change, 1.0)
 
-    assert table.failures([row("int8", 0.09), row("nf4", -0.9), row("int4-g64", 1.5), row("fp8", 50.0)]) == []
-    failed = table.failures([row("int8", 0.11), row("nf4", float("nan")), row("int4-g128", -1.6)])
+    assert (
+        table.failures("code-dense", [row("int8", 0.09), row("nf4", -0.9), row("int4-g64", 1.5), row("fp8", 50.0)])
+        == []
+    )
+    failed = table.failures("code-dense", [row("int8", 0.11), row("nf4", float("nan")), row("int4-g128", -1.6)])
     assert [line.split()[0] for line in failed] == ["int8", "nf4", "int4-g128"]

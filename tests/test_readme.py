@@ -130,15 +130,14 @@ def test_the_test_command_stands_alone_on_its_line() -> None:
     assert re.search(r"^pytest -q -n 2$", README, flags=re.M)
 
 
-def test_perplexity_table_has_the_rows_of_the_benchmark_within_its_limits() -> None:
+@pytest.mark.parametrize(("model", "marker"), [("code-dense", "perplexity"), ("code-moe", "perplexity-moe")])
+def test_perplexity_table_has_the_rows_of_the_benchmark_within_its_limits(model: str, marker: str) -> None:
     from perplexity_table import LIMITS, SCHEMES
 
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in between("perplexity").splitlines() if "|" in line
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in between(marker).splitlines() if "|" in line]
     table = {row[0]: row for row in rows[2:]}
-    assert list(table) == ["bf16", *SCHEMES]
-    for scheme, limit in LIMITS.items():
+    assert list(table) == ["bf16", *SCHEMES[model]]
+    for scheme, limit in LIMITS[model].items():
         change = float(table[scheme][4].split()[0])
         assert change <= limit
         assert change == pytest.approx(100 * (float(table[scheme][3]) / float(table["bf16"][3]) - 1), abs=0.02)

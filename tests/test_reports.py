@@ -17,9 +17,10 @@ import fxquant
 from fxquant import Rule, Scheme
 from fxquant.errors import ModelError
 from fxquant.install import forget
+from fxquant.model_report import report
 from fxquant.modules import QLinear
 from fxquant.pretrained import load_model
-from fxquant.reports import Report, report, sqnr_db
+from fxquant.reports import Report, sqnr_db
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import tiny_model
@@ -208,19 +209,40 @@ def test_conv1d_and_tied_embeddings() -> None:
     assert found.parameters == sum(p.numel() for p in tiny_model("gpt2").parameters())  # the tied weight counts once
 
 
-def test_experts_and_routers_that_stay_are_counted() -> None:
+def test_experts_are_reported_matrix_by_matrix_and_routers_stay() -> None:
     model = tiny_model("mixtral")
-    fxquant.quantize(model, "int8", progress=False)
+    recipe = [("*.layers.0.*.experts.{0,1}.*", "int4-g32"), ("*.layers.0.*.experts", None), ("*", "int8")]
+    fxquant.quantize(model, recipe, progress=False)
+    found = report(model)
+    experts = {x.name: x for x in found.layers if x.kind == "expert"}
+    assert len(experts) == 2 * 3 + 4 * 3
+    for name, one in experts.items():
+        container, e, projection = name.rsplit(".", 2)
+        planes = model.get_submodule(container).planes_of(projection, int(e))
+        assert one.bytes_after == sum(p.numel() * p.element_size() for p in planes.values())
+        assert one.scheme == ("int4-g32" if ".layers.0." in name else "int8")
+        assert one.error is not None
+        assert 0 < one.error < 0.02
+    kept = {k.name: k for k in found.kept if ".experts." in k.name}
+    assert set(kept) == {f"model.layers.0.mlp.experts.{e}.{p}_proj" for e in (2, 3) for p in ("gate", "up", "down")}
+    assert {k.reason for k in kept.values()} == {"the rule keeps it"}
+    assert len([k for k in found.kept if k.name.endswith("gate.weight")]) == 2
+    total = found.weights + sum(k.weights for k in found.kept)
+    assert found.coverage == pytest.approx(found.weights / total)
+    original = sum(t.numel() * t.element_size() for t in tiny_model("mixtral").state_dict().values())
+    assert found.model_bytes_before == pytest.approx(original, rel=1e-3)
+    assert "8 linears and 18 matrices of experts quantized" in str(found)
+
+
+def test_stacks_of_which_nothing_is_quantized_are_kept_as_a_whole() -> None:
+    model = tiny_model("mixtral")
+    fxquant.quantize(model, [("*.experts.*", None), ("*", "int8")], progress=False)
     found = report(model)
     stacked = {k.name: k for k in found.kept if k.name.endswith(("gate_up_proj", "down_proj"))}
     assert len(stacked) == 4
     for name, kept in stacked.items():
         assert kept.weights == model.get_parameter(name).numel()
-    routers = [k for k in found.kept if k.name.endswith("gate.weight")]
-    assert len(routers) == 2
-    total = found.weights + sum(k.weights for k in found.kept)
-    assert found.coverage == pytest.approx(found.weights / total)
-    assert found.coverage < 0.5
+        assert kept.reason == "the rule keeps it"
 
 
 def test_weights_without_values_have_no_error() -> None:
