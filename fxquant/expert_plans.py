@@ -93,7 +93,7 @@ def _check(name: str, scheme: Scheme | None, scale: ScaleSearch) -> None:
     if scheme.activation and scheme.activation.static:
         raise SchemeError(
             f"{name} cannot be {scheme}: stacked experts have no module of their own whose input could be measured\n"
-            "  leave -static out, or make modules of them first: passes=(SequentializeExperts(), *DEFAULT)"
+            "  leave -static out, or make linears of them before quantizing: see fxquant.sequential_experts"
         )
 
 
