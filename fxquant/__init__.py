@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from fxquant.api import quantize as quantize
     from fxquant.api import report as report
     from fxquant.errors import FxquantError as FxquantError
+    from fxquant.experts import ExpertsAdapter as ExpertsAdapter
+    from fxquant.experts import Projection as Projection
+    from fxquant.experts import register_experts as register_experts
     from fxquant.recipe import Recipe as Recipe
     from fxquant.rule import Rule as Rule
     from fxquant.scheme import Scheme as Scheme
 
 _HOMES = {
     **dict.fromkeys(("capture", "dequantize", "history", "plan", "quantize", "report"), "api"),
+    **dict.fromkeys(("ExpertsAdapter", "Projection", "register_experts"), "experts"),
     "FxquantError": "errors",
     "Recipe": "recipe",
     "Rule": "rule",

@@ -141,7 +141,7 @@ def merge_layers(entries: Iterable[PlanEntry]) -> list[PlanEntry]:
             entry.dtype,
             entry.scheme,
             entry.rule_text,
-            _same(entry.reason),
+            without_numbers(entry.reason),
             entry.kind,
         )
         groups.setdefault(key, []).append(entry)
@@ -161,7 +161,8 @@ def merged_name(names: Sequence[str]) -> str:
     return f"{'.'.join(_spelled(column) for column in columns)} ({len(names)}x)"
 
 
-def _same(reason: str) -> str:
+def without_numbers(reason: str) -> str:
+    """A reason with each number as `#`: the same for all layers of a kind."""
     return re.sub(r"\d+", "#", reason)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fxquant.plans import merged_name, name_pattern
+from fxquant.plans import merged_name, name_pattern, without_numbers
 from fxquant.tables import Table, bytes_text
 
 _WORST = 3
@@ -166,10 +166,10 @@ class Report:
             yield "errors are not known: the weights were not quantized here, or have no values (meta device)"
         by_reason: dict[str, list[Kept]] = {}
         for kept in self.kept:
-            by_reason.setdefault(kept.reason, []).append(kept)
-        for reason, found in by_reason.items():
+            by_reason.setdefault(without_numbers(kept.reason), []).append(kept)
+        for found in by_reason.values():
             names = ", ".join(x.name for x in found[:_WORST]) + (", ..." if len(found) > _WORST else "")
-            yield f"in full precision: {len(found)} ({bytes_text(sum(x.nbytes for x in found))}), {reason}: {names}"
+            yield f"in full precision: {len(found)} ({bytes_text(sum(x.nbytes for x in found))}), {found[0].reason}: {names}"
 
 
 def sqnr_db(error: float | None) -> float | None:

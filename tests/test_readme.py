@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 import typer.main
+from torch import nn
 
 import fxquant
 from fxquant.cli import app
@@ -57,8 +58,9 @@ def test_python_blocks_make_what_they_say(ran: tuple[ModuleType, str]) -> None:
 def test_printed_tables_are_what_is_printed(ran: tuple[ModuleType, str]) -> None:
     printed = {_line(line) for line in ran[1].splitlines()}
     for title in ("plan", "report"):
-        (block,) = (block for block in blocks("text") if block.startswith(title))
-        lines = {_line(line) for line in block.splitlines()}
+        found = [block for block in blocks("text") if block.startswith(title)]
+        assert found
+        lines = {_line(line) for block in found for line in block.splitlines()}
         shown = {line for line in lines if line and not line.startswith(("...", "─"))}  # a rule is as wide as its table
         assert len(shown) > 5
         assert shown <= printed
@@ -88,6 +90,20 @@ def test_the_pass_is_short_and_fires_in_every_block(ran: tuple[ModuleType, str])
     graph = fxquant.capture(ran[0].original)
     history = rewrite(graph, passes=(ran[0].GateInFloat32(),))
     assert len(history.steps[0].fired) == ran[0].original.config.num_hidden_layers
+
+
+def test_experts_of_a_class_of_ones_own_are_quantized_and_compute_the_same(ran: tuple[ModuleType, str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.experts = ran[0].ReluExperts(3, 32, 64)
+    args = torch.randn(7, 32), torch.tensor([0, 2, 2, 1, 0, 0, 1]), torch.rand(7)
+    want = model.experts(*args)
+    fxquant.quantize(model, "int8", progress=False)
+    assert [layer.name for layer in fxquant.report(model).layers][:2] == ["experts.0.up_proj", "experts.0.down_proj"]
+    got = model.experts(*args)
+    assert 0 < (got - want).norm() < 0.02 * want.norm()
+    fxquant.dequantize(model)
+    torch.testing.assert_close(model.experts(*args), got)
 
 
 def test_links_lead_somewhere() -> None:
