@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fxquant.codecs import ScaleSearch, check_search
-from fxquant.errors import FxquantError, RecipeError, SchemeError
-from fxquant.experts import ExpertSite, Projection, expert_weight
+from fxquant.errors import FxquantError, ModelError, RecipeError, SchemeError
+from fxquant.experts import ExpertSite, Projection, expert_name, expert_weight
 from fxquant.plans import PlanEntry
 from fxquant.recipe import Recipe
 from fxquant.scheme import Scheme
@@ -36,14 +36,14 @@ def plan_experts(recipe: Recipe, sites: Sequence[ExpertSite]) -> ExpertPlan:
         recipe: the rules.
         sites: the experts modules of a model.
     """
-    shared = _shared(sites)
+    obstacles = _shared(sites) | _alone(sites)
     entries: list[PlanEntry] = []
     errors: list[FxquantError] = []
     for site in sites:
-        found = []
+        found: list[PlanEntry] = []
         for name, e, projection in site.linears():
             try:
-                found.append(_decide(recipe, site, name, e, projection, shared.get(site.name)))
+                found.append(_decide(recipe, site, name, e, projection, obstacles.get(site.name)))
             except FxquantError as error:
                 errors.append(error)
         entries += found
@@ -57,13 +57,19 @@ def _decide(
     weight = expert_weight(site.module, site.layout, projection.name, e)
     n, k = weight.shape
     nbytes = weight.numel() * weight.element_size()
-    names = (name, f"{site.name}.{projection.parameter}", site.name)
+    names = [
+        one
+        for alias in site.aliases
+        for one in (expert_name(alias, e, projection.name), f"{alias}.{projection.parameter}".lstrip("."), alias)
+    ]
     reached = [r for r in (recipe.decide(x, type(site.module), n * k, protected=False) for x in names) if r]
     index, rule = min(reached, key=lambda r: r[0], default=(None, None))
     scheme, reason = None, _UNMATCHED
     if rule is not None and rule.scheme is None:
         reason = "the rule keeps it"
     elif rule is not None and obstacle:
+        if not site.name or any(rule.spells(one) for one in names):
+            raise ModelError(f"{site.name or 'the model'} cannot be quantized: {obstacle}")
         reason = obstacle
     elif rule is not None:
         assert rule.scheme is not None
@@ -122,6 +128,16 @@ def _shared(sites: Sequence[ExpertSite]) -> dict[str, str]:
     }
 
 
+def _alone(sites: Sequence[ExpertSite]) -> dict[str, str]:
+    reason = "it is the model itself, which cannot be replaced in place; wrap it in nn.Sequential"
+    return {site.name: reason for site in sites if not site.name}
+
+
 def matrices(sites: Sequence[ExpertSite]) -> set[str]:
     """Names of the parameters that hold the experts of these modules."""
-    return {f"{alias}.{p.parameter}" for site in sites for alias in site.aliases for p in site.layout.projections}
+    return {
+        f"{alias}.{p.parameter}".lstrip(".")
+        for site in sites
+        for alias in site.aliases
+        for p in site.layout.projections
+    }

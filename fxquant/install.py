@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxquant.codecs import all_finite, check_values, quantize, squared_error
 from fxquant.errors import ModelError, SchemeError
 from fxquant.expert_modules import QExperts
-from fxquant.experts import ExpertSite, expert_weight, find_experts
+from fxquant.experts import ExpertSite, ExpertsLayout, expert_weight, find_experts, layout_of
 from fxquant.modules import QLinear, follow_device_hook
 from fxquant.plans import Plan, PlanEntry
 from fxquant.rewrite import History
@@ -104,21 +104,22 @@ def install(
     for fqn, module in modules.items():
         if not isinstance(module, (QLinear, QExperts)):
             _place(model, (fqn,), module)
-    sites = {name: site for site in find_experts(model) for name, _, _ in site.linears()}
-    stacks: dict[ExpertSite, list[PlanEntry]] = {}
+    # Names alone: a reference to a module of experts would keep its weights.
+    stacks = {site.aliases: [name for name, _, _ in site.linears()] for site in find_experts(model)}
+    inside = {name for names in stacks.values() for name in names}
     for entry in plan.quantized:
-        if entry.name in sites:
-            stacks.setdefault(sites[entry.name], []).append(entry)
-            continue
-        made = modules.get(entry.name)
-        new = made if isinstance(made, QLinear) else None
-        record.errors[entry.name] = _install_linear(model, entry, new, input_scales.get(entry.name))
-        done(entry)
-    for site, entries in stacks.items():
-        made = modules.get(site.name)
-        for entry, error in _install_experts(model, site, entries, made if isinstance(made, QExperts) else None):
-            record.errors[entry.name] = error
+        if entry.name not in inside:
+            made = modules.get(entry.name)
+            new = made if isinstance(made, QLinear) else None
+            record.errors[entry.name] = _install_linear(model, entry, new, input_scales.get(entry.name))
             done(entry)
+    for aliases, names in stacks.items():
+        planned = {name: e for name in names if (e := plan.get(name)) is not None and e.scheme is not None}
+        if planned:
+            made = modules.get(aliases[0])
+            for entry, error in _install_experts(model, aliases, planned, made if isinstance(made, QExperts) else None):
+                record.errors[entry.name] = error
+                done(entry)
     for module in modules.values():
         if isinstance(module, SequentialExperts):
             module.own_weights()
@@ -138,24 +139,27 @@ def _install_linear(model: nn.Module, entry: PlanEntry, new: QLinear | None, inp
 
 
 def _install_experts(
-    model: nn.Module, site: ExpertSite, entries: Sequence[PlanEntry], new: QExperts | None
+    model: nn.Module, aliases: tuple[str, ...], planned: Mapping[str, PlanEntry], new: QExperts | None
 ) -> Iterator[tuple[PlanEntry, float]]:
     """Quantize the experts of one module and put the new module in place, all of them in one step."""
-    planned = {entry.name: entry for entry in entries}
+    module = model.get_submodule(aliases[0])
+    layout = layout_of(module)
+    assert isinstance(layout, ExpertsLayout)
+    site = ExpertSite(aliases[0], aliases, module, layout)
     schemes = {(e, p.name): planned[name].scheme for name, e, p in site.linears() if name in planned}
     if new is None:
-        new = QExperts(site.module, site.layout, schemes)
+        new = QExperts(module, layout, schemes)
     for name, e, projection in site.linears():
         if name in planned:
-            weight = expert_weight(site.module, site.layout, projection.name, e).detach()
+            weight = expert_weight(module, layout, projection.name, e).detach()
             planes, error = _encode(weight, planned[name])
             new.load_planes(projection.name, e, planes)
             yield planned[name], error
         elif not new.keeps_parameter(projection.name):
-            kept = expert_weight(site.module, site.layout, projection.name, e).detach()
+            kept = expert_weight(module, layout, projection.name, e).detach()
             new.load_planes(projection.name, e, {"weight": kept})
-    follow_device_hook(new, site.module)
-    _place(model, site.aliases, new)
+    follow_device_hook(new, module)
+    _place(model, aliases, new)
 
 
 def _encode(weight: Tensor, entry: PlanEntry, input_scale: float | None = None) -> tuple[dict[str, Tensor], float]:

@@ -1,7 +1,7 @@
 """Quantized models as files: a directory with plain tensors in safetensors and everything else in JSON.
 
     config.json            transformers' config, with `quantization_config: {"quant_method": "fxquant"}`
-    fxquant.json           format version, model class, schemes and dtypes of quantized linears and experts, shared tensors
+    fxquant.json           format version, model class, schemes and dtypes of all that is quantized, shared tensors
     fxquant.safetensors    the state_dict: planes, biases and all other parameters and buffers; and buffers outside it
                            that differ from what transformers computes, as after model.bfloat16()
     generation_config.json, tokenizer files

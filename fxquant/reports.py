@@ -169,7 +169,8 @@ class Report:
             by_reason.setdefault(without_numbers(kept.reason), []).append(kept)
         for found in by_reason.values():
             names = ", ".join(x.name for x in found[:_WORST]) + (", ..." if len(found) > _WORST else "")
-            yield f"in full precision: {len(found)} ({bytes_text(sum(x.nbytes for x in found))}), {found[0].reason}: {names}"
+            size = bytes_text(sum(x.nbytes for x in found))
+            yield f"in full precision: {len(found)} ({size}), {found[0].reason}: {names}"
 
 
 def sqnr_db(error: float | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_classes import experts_module
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
@@ -209,6 +210,21 @@ def test_kept_experts_of_a_sequential_container_own_their_weights() -> None:
     kept: Any = model.get_submodule("model.layers.0.mlp.experts.1.gate_proj")
     assert type(kept) is nn.Linear
     assert kept.weight.untyped_storage().nbytes() == kept.weight.nbytes
+
+
+def test_experts_that_cannot_be_replaced_say_why() -> None:
+    alone = experts_module("MixtralExperts")
+    with pytest.raises(ModelError, match="the model cannot be quantized: it is the model itself"):
+        quantize(alone, "int8", progress=False)
+    shared: Any = tiny_model("mixtral")
+    first, second = (layer.mlp.experts for layer in shared.model.layers)
+    second.down_proj = first.down_proj
+    found = plan(shared, "int8")
+    assert {e.reason for e in found.kept if ".1.mlp.experts." in e.name} == {
+        "it shares its weights with model.layers.0.mlp.experts"
+    }
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts cannot be quantized: it shares its weights with"):
+        quantize(shared, [("*.experts.*.down_proj", "int8"), ("*", "int8")], **INPUTS)
 
 
 def test_interrupted_in_the_middle_the_model_works(monkeypatch: pytest.MonkeyPatch) -> None:
