@@ -83,12 +83,6 @@ class ExpertsContainer(nn.Module):
         n, k = (columns, rows) if projection.transposed else (rows, columns)
         return n // projection.parts, k
 
-    @property
-    def product_shape(self) -> tuple[int, int] | None:
-        """`(N, K)` of experts that are a product `[..., K]` to `[..., N]` and nothing else; None for all others."""
-        projections = self.layout.projections
-        return self.matrix_shape(projections[0]) if len(projections) == 1 else None
-
     def __getattr__(self, name: str) -> Any:
         """An attribute of the class that this container stands for, where it has none of that name itself."""
         try:

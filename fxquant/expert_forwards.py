@@ -94,9 +94,9 @@ def with_identities(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 def in_order(experts: Any, inputs: Tensor, expert_size: Any) -> Tensor:
     """JetMoeParallelExperts: `[rows, K]`, of which the first `expert_size[0]` are for expert 0, and so on."""
-    sizes = torch.as_tensor(expert_size, device=inputs.device)
-    every = torch.arange(experts.layout.experts, device=inputs.device)
-    ids = torch.repeat_interleave(every, sizes, output_size=inputs.shape[0])
+    # Piece by piece, since under torch.export sizes may be symbols, of which no tensor can be made.
+    ids = torch.cat([torch.full((size,), e, device=inputs.device) for e, size in enumerate(expert_size)])
+    torch._check(ids.shape[0] == inputs.shape[0])
     result: Tensor = experts.project("proj", inputs, ids.unsqueeze(-1)).squeeze(1)
     return result
 

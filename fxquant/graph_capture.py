@@ -196,9 +196,9 @@ def _leaf_modules(model: nn.Module, opaque: bool) -> Iterator[tuple[str, nn.Modu
         if site.name and plain:
             yield site.name, site.module, (site.n, site.k)
     for name, module in model.named_modules():
-        if name and isinstance(module, QExperts):
-            yield name, module, module.product_shape
-        elif name and (is_expert_stack(module) or _holds_experts(name, module, opaque)):
+        # One product (JetMoe's experts) takes sizes that the router chose, which no leaf can hold.
+        quantized = isinstance(module, QExperts) and len(module.layout.projections) > 1
+        if name and (quantized or is_expert_stack(module) or _holds_experts(name, module, opaque)):
             yield name, module, None
 
 

@@ -290,6 +290,30 @@ def test_copies_casts_and_gradients() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "dbrx", "llama4_text"])
+def test_quantized_experts_are_one_call_in_a_captured_graph(kind: str) -> None:
+    model = quantize(tiny_model(kind), RECIPE, **INPUTS)
+    steps = {step.name.partition("(")[0]: step for step in fxquant.history(model).steps}
+    count = len(experts_of(model))
+    assert count
+    graph = fxquant.capture(model, {"input_ids": TOKENS})
+    called = [graph.get_submodule(str(n.target)) for n in graph.graph.nodes if n.op == "call_module"]
+    assert sum(isinstance(module, QExperts) for module in called) == count
+    assert len(steps["ExpertsToQuantized"].fired) == count
+    with torch.no_grad():
+        found = graph(input_ids=TOKENS)["logits"]
+    torch.testing.assert_close(found, model(TOKENS).logits.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_experts_that_are_one_product_can_be_captured_and_compiled() -> None:
+    model = quantize(tiny_model("jetmoe"), RECIPE, **INPUTS)
+    assert len(experts_of(model)) == 8
+    graph = fxquant.capture(model, {"input_ids": TOKENS})
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        torch.testing.assert_close(graph(input_ids=TOKENS)["logits"], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_shared_experts_are_ordinary_linears_and_routers_stay() -> None:
     found = plan(tiny_model("deepseek_v3"), RECIPE)
     shared = [e for e in found.entries if "shared_expert" in e.name]
