@@ -167,6 +167,19 @@ def test_sweep_table_answers_the_questions_of_the_benchmark() -> None:
     assert re.findall(r"^\| ([^|]+) \|", between("sweep"), flags=re.M)[1:] == questions
 
 
+def test_experts_table_is_that_of_the_benchmark_with_few_exceptions() -> None:
+    from experts_sweep import RECIPES
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in between("experts-sweep").splitlines()]
+    table = [row for row in rows if row and row[0].startswith("`")]
+    assert [row[0].strip("`") for row in table] == list(RECIPES)
+    for row in table:
+        passed, tried = map(int, row[1].split(" of "))
+        assert tried - passed <= 3
+        assert row[3] == "100.0%"
+        assert float(row[5]) <= 1e-5
+
+
 def test_error_example_is_what_is_said() -> None:
     from fxquant import FxquantError, plan
     from fxquant.pretrained import load_model

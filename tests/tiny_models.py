@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from tiny_exceptions import EXCEPTIONS, HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, WITH_EXPERTS
 from torch import nn
-
-WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 4, 16, 2, 256
 
 
 def _at_most(limit: int) -> Callable[[int], int]:
@@ -80,43 +80,29 @@ OFF_SETS = (("fill",), (), *((group, "fill") for group in GROUPS if group != "fi
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 LAYER_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types")
 
-_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 4, 2]}
-# Defaults of transformers that build no model, or tie numbers that no rule on one name can see.
-EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # read by the model, no or no usable default
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},  # no default, read at run time only
-    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},  # holds the number of layers
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},  # by default no layer is attention, and none runs
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # no default
-    "esm": {"pad_token_id": 1},  # no default
-    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},  # four coordinates and two shapes make the hidden size
-    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},  # of two layers, the second has experts
-    # Frequencies for time, height and width are half of a head's dimensions; the default fits heads of 128.
-    **{kind: {"rope_parameters": _MROPE} for kind in ("qwen2_vl_text", "qwen2_5_vl_text")},
-    "xmod": {"default_language": "en_XX"},  # no default
-    # Shared weights are tied from the second hybrid layer on.
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "longcat_flash": {"head_dim": HEAD_DIM // 2},  # its rotary dimensions, called qk_rope_head_dim elsewhere
-    "mamba2": {"num_heads": 2 * HEADS},  # num_heads * head_dim must be expand * hidden_size
-}
 
+def tiny_config(
+    kind: str | type,
+    off: tuple[str, ...] = ("fill",),
+    special: Mapping[str, Mapping[str, Any]] = MappingProxyType(EXCEPTIONS),
+) -> Any:
+    """The config of a model type or config class, shrunk by every rule but those of the groups in `off`.
 
-def tiny_config(kind: str | type, off: tuple[str, ...] = ("fill",)) -> Any:
-    """The config of a model type or config class, shrunk by every rule but those of the groups in `off`."""
+    `special` has what takes the place of single attributes, by model type.
+    """
     if isinstance(kind, str):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         kind = CONFIG_MAPPING[kind]
-    return _shrink(kind(), off)
+    return _shrink(kind(), off, special)
 
 
-def _shrink(config: Any, off: tuple[str, ...]) -> Any:
+def _shrink(config: Any, off: tuple[str, ...], special: Mapping[str, Mapping[str, Any]]) -> Any:
     kwargs: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         default, value = _default(field), vars(config).get(field.name)
         if hasattr(value, "model_type"):
-            kwargs[field.name] = _shrink(value, off)
+            kwargs[field.name] = _shrink(value, off, special)
         elif default is None and "fill" not in off and "int" in str(field.type):
             kwargs |= _filled(field.name)
         elif default is not None and field.init:
@@ -128,7 +114,7 @@ def _shrink(config: Any, off: tuple[str, ...]) -> Any:
     if "depths" in kwargs:  # hierarchical: every stage has its own heads and windows
         kwargs |= {name: vars(config)[name] for name in ("embed_dim", "hidden_size", "image_size") if name in kwargs}
     _fit_tokens(kwargs)
-    for name, value in EXCEPTIONS.get(config.model_type, {}).items():
+    for name, value in special.get(config.model_type, {}).items():
         if hasattr(kwargs.get(name), "model_type"):
             vars(kwargs[name]).update(value)
         else:
@@ -194,18 +180,23 @@ def _fit_tokens(kwargs: dict[str, Any]) -> None:
             kwargs[name] = next(free)
 
 
-def tiny_model(kind: str | type, auto_class: str | type = "AutoModelForCausalLM", seed: int = 0) -> nn.Module:
+def tiny_model(
+    kind: str | type, auto_class: str | type = "AutoModelForCausalLM", seed: int = 0, *, experts: bool = False
+) -> nn.Module:
     """A random float32 model in eval mode, equal for equal seeds; torch's own random state is left alone.
+
+    With `experts` an architecture that need not have experts, see `WITH_EXPERTS`, has some.
 
     Raises:
         Exception: what transformers raised for the config with all rules on, where no set of rules builds.
     """
     first: Exception | None = None
+    special = EXCEPTIONS | WITH_EXPERTS if experts else EXCEPTIONS
     for off in OFF_SETS:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return _randomized(build(tiny_config(kind, off), auto_class)).eval()
+                return _randomized(build(tiny_config(kind, off, special), auto_class)).eval()
         except Exception as error:
             first = first or error
     assert first is not None

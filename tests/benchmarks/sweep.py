@@ -11,9 +11,10 @@ are compared with the model's.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import collections
 import json
 import logging
+import math
 import subprocess
 import sys
 import textwrap
@@ -32,6 +33,13 @@ from fxquant.errors import CaptureError
 from fxquant.example_inputs import example_inputs
 from fxquant.graph_capture import capture
 from fxquant.linears import find_linears, find_stacked
+from fxquant.plans import Plan, PlanEntry
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from expert_architectures import expert_weights, experts_of
+from tiny_models import OTHER_MODELS, causal_lm_types, tiny_model
 
 LONGEST = 240  # characters of a reason
 COLUMNS = (
@@ -51,17 +59,6 @@ LARGEST = 0.03
 """The relative error of int8 that needs no explanation."""
 
 
-def _tiny_models() -> Any:
-    path = Path(__file__).parents[1] / "tiny_models.py"
-    spec = importlib.util.spec_from_file_location("tiny_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def measure(kind: str, auto_class: str, compare: bool, recipe: str) -> dict[str, Any]:
     """One row: what became of one configuration."""
     start = time.perf_counter()
@@ -78,22 +75,22 @@ def measure(kind: str, auto_class: str, compare: bool, recipe: str) -> dict[str,
 def _quantized(model: torch.nn.Module, call: Any, recipe: str) -> dict[str, Any]:
     """Plan and quantize; what the plan accounts for is counted here anew, from the modules' own parameters."""
     planned = plan(model, recipe)
-    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"}
-    stacks = {n for n, p in model.named_parameters() if p.ndim > 2 and ".experts" in f".{n}"}
-    names = {name for entry in planned.entries for name in (entry.name, *entry.aliases)}
+    weights = _weights(model)
     kept = {e.reason for e in planned.kept if e.kind == "linear"}
     args, kwargs = call if call is not None else ((), example_inputs(model))
     try:
         before = _first_output(model, args, kwargs)
     except Exception as error:  # sizes that the rules for tiny configurations got wrong
         return {"result": f"not built: its forward fails at this size: {error}"}
-    original = {e.name: model.get_submodule(e.name).weight.detach() for e in planned.quantized}
+    owners = dict.fromkeys(_owner(entry) for entry in planned.quantized)
+    original = {name: model.get_parameter(name).detach() for owner in owners for name in weights[owner]}
+    accounted = _accounted(planned, weights)
     quantize(model, recipe, progress=False)
     after = _first_output(model, args, kwargs)
     dequantize(model)
     row = {
         "quantized": len(planned.quantized),
-        "accounted": f"{len((linears | stacks) & names) / max(len(linears | stacks), 1):.0%}",
+        "accounted": f"{math.floor(100 * accounted)}%",
         "error": _distance(after, before),
         "op error": _distance(after, _first_output(model, args, kwargs)),
         "kept": "; ".join(sorted(kept)),
@@ -103,9 +100,36 @@ def _quantized(model: torch.nn.Module, call: Any, recipe: str) -> dict[str, Any]
         with torch.no_grad():
             for name, weight in original.items():
                 noise = 1 + 0.01 * torch.randn(weight.shape, generator=generator)
-                model.get_submodule(name).weight.copy_(weight * noise)
+                model.get_parameter(name).copy_(weight * noise)
         row["noise"] = _distance(_first_output(model, args, kwargs), before)
     return row
+
+
+def _weights(model: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """Linears and modules of stacked experts, by name: their parameters with the number of elements."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            found[name] = {f"{name}.weight": math.prod(module.weight.shape)}
+    for name, module in experts_of(model).items():
+        if not any(linear.startswith(f"{name}.") for linear in found):
+            stacks = expert_weights(module)
+            found[name] = {f"{name}.{leaf}": math.prod(shape) for leaf, shape in stacks.items()}
+    return found
+
+
+def _accounted(planned: Plan, weights: dict[str, dict[str, int]]) -> float:
+    """The share of all elements that has an entry in the plan, quantized or kept."""
+    here: dict[str, int] = collections.Counter()
+    for entry in planned.entries:
+        for name in {_owner(entry), *entry.aliases} & set(weights):
+            here[name] += math.prod(entry.shape)
+    sizes = {name: sum(held.values()) for name, held in weights.items()}
+    return sum(min(here[name], size) for name, size in sizes.items()) / max(sum(sizes.values()), 1)
+
+
+def _owner(entry: PlanEntry) -> str:
+    return entry.name.rsplit(".", 2)[0] if entry.kind == "expert" else entry.name
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -121,7 +145,7 @@ def _first_output(model: torch.nn.Module, args: Any, kwargs: Any) -> torch.Tenso
 def _captured(kind: str, auto_class: str, compare: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"model": kind if auto_class == "AutoModelForCausalLM" else f"{kind} ({auto_class})"}
     try:
-        model = _tiny_models().tiny_model(kind, auto_class)
+        model = tiny_model(kind, auto_class)
     except Exception as error:
         return row | {"result": f"not built: {type(error).__name__}: {error}"}
     sites = find_linears(model)
@@ -252,8 +276,7 @@ def main() -> None:
     if arguments.worker:
         worker(json.loads(arguments.worker), arguments.equal, arguments.recipe)
         return
-    tiny = _tiny_models()
-    known = [*((kind, "AutoModelForCausalLM") for kind in tiny.causal_lm_types()), *tiny.OTHER_MODELS]
+    known = [*((kind, "AutoModelForCausalLM") for kind in causal_lm_types()), *OTHER_MODELS]
     named = [(t.partition(":")[0], t.partition(":")[2] or "AutoModelForCausalLM") for t in arguments.types]
     rows = sweep(named or known, arguments.chunk, arguments.equal, arguments.recipe)
     show(rows)
