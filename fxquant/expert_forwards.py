@@ -8,6 +8,7 @@ the result has the columns of all of them, in the order of the parameter's rows.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -94,9 +95,11 @@ def with_identities(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 def in_order(experts: Any, inputs: Tensor, expert_size: Any) -> Tensor:
     """JetMoeParallelExperts: `[rows, K]`, of which the first `expert_size[0]` are for expert 0, and so on."""
-    # Piece by piece, since under torch.export sizes may be symbols, of which no tensor can be made.
-    ids = torch.cat([torch.full((size,), e, device=inputs.device) for e, size in enumerate(expert_size)])
-    torch._check(ids.shape[0] == inputs.shape[0])
+    # By comparison, since under torch.export sizes may be symbols, of which no tensor can be made.
+    rows = torch.arange(inputs.shape[0], device=inputs.device)
+    ids = torch.zeros_like(rows)
+    for first in itertools.accumulate(expert_size[:-1]):
+        ids = ids + (rows >= first)
     result: Tensor = experts.project("proj", inputs, ids.unsqueeze(-1)).squeeze(1)
     return result
 

@@ -31,7 +31,7 @@ class Floats:
 
     def absmax(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scale that maps the largest magnitude of a block to the largest finite value."""
-        return torch.maximum(-low, high) / self.extent, None
+        return torch.maximum(-low, high).abs_() / self.extent, None  # of a block of zeros it may be -0
 
     def unit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """The absmax scale."""

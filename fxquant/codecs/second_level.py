@@ -145,7 +145,7 @@ class Second:
         if not self.kind.signed:
             return low if self.biases else high
         if not self._two_sided:
-            return torch.maximum(-low, high)
+            return torch.maximum(-low, high).abs_()
         return torch.where(high > -low, high, low)
 
     def _stored(self, values: Tensor, peak: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class Tables:
         """
         least, most = min(self.element.values), max(self.element.values)
         if least == -most or least >= 0 or most <= 0:
-            return torch.maximum(-low, high) / self.extent, None
-        return torch.maximum(low / least, high / most), None
+            return torch.maximum(-low, high).abs_() / self.extent, None  # of a block of zeros it may be -0
+        return torch.maximum(low / least, high / most).abs_(), None
 
     def unit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """The absmax scale; its sign gives the longer side of the table to the side with the larger weights."""

@@ -22,8 +22,10 @@ inline Choice integer_scale(const Job& job, Range r) {
 // The rules of fxquant/codecs/{integers,tables,floats}.py, `absmax`, to the last bit.
 inline Choice spanning_scale(const Job& job, Range r) {
     if (job.kind == 0) return integer_scale(job, r);
-    if (job.low == -job.high || job.low >= 0 || job.high <= 0) return {0, larger(-r.low, r.high) / extent(job), 0};
-    return {0, larger(r.low / job.low, r.high / job.high), 0};
+    // Of a block of zeros the larger one may be -0.
+    if (job.low == -job.high || job.low >= 0 || job.high <= 0)
+        return {0, std::fabs(larger(-r.low, r.high)) / extent(job), 0};
+    return {0, std::fabs(larger(r.low / job.low, r.high / job.high)), 0};
 }
 
 // A search goes on in units of this scale. Its sign gives the longer side of the codes to that of the larger weights.
