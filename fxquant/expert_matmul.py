@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant import native
 from fxquant.activation_codecs import dequantize_activation, outlier_features, quantize_activation
 from fxquant.codecs import dequantize
 from fxquant.plane_stacks import dequantize_stack
@@ -67,7 +68,7 @@ def multiply_experts(x: Tensor, ids: Tensor, weights: ExpertWeights, bias: Tenso
     """
     activation = weights.scheme.activation if weights.scheme else None
     if activation is None:
-        return _product(x, ids, weights, None if bias is None else bias.to(x.dtype)).to(x.dtype)
+        return _product(x, ids, weights, bias).to(x.dtype)
     bias = None if bias is None else bias.to(torch.float32)
     if x.device.type == "cpu" and not activation.static and not activation.threshold:
         return _on_codes(x, ids, weights, bias)
@@ -76,7 +77,8 @@ def multiply_experts(x: Tensor, ids: Tensor, weights: ExpertWeights, bias: Tenso
 
 def input_gradient(grad: Tensor, ids: Tensor, weights: ExpertWeights) -> Tensor:
     """`[T, k, K]`: `grad[t, j] @ W[ids[t, j]]`."""
-    return _product(grad, ids, weights, None, transposed=True)
+    run = _by_expert if grad.device.type == "cpu" else in_blocks
+    return run(grad, ids, weights, None, transposed=True)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, ids: Tensor, experts: int) -> Tensor:
@@ -119,12 +121,13 @@ def _rounded(x: Tensor, ids: Tensor, weights: ExpertWeights) -> Tensor:
     return values
 
 
-def _product(
-    x: Tensor, ids: Tensor, weights: ExpertWeights, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor:
+def _product(x: Tensor, ids: Tensor, weights: ExpertWeights, bias: Tensor | None) -> Tensor:
     # On a CPU a look at which experts are hit costs nothing; elsewhere the host would have to wait for the device.
-    run = _by_expert if x.device.type == "cpu" else in_blocks
-    return run(x, ids, weights, bias, transposed=transposed)
+    if x.device.type != "cpu":
+        return in_blocks(x, ids, weights, bias)
+    scheme = weights.scheme
+    y = None if scheme is None else native.experts(x, ids, weights.planes, scheme, weights.n, bias)
+    return _by_expert(x, ids, weights, bias) if y is None else y
 
 
 def _hits(x: Tensor, ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -143,9 +146,18 @@ def _by_expert(
     rows_of_x, n = x.reshape(-1, x.shape[-1]), weights.k if transposed else weights.n
     y = x.new_zeros(ids.numel(), n)
     for e, slots, rows in _hits(x, ids, weights.experts):
-        weight = weights.one(e, x.dtype)
-        y[slots] = F.linear(rows_of_x[rows], weight.t() if transposed else weight, None if bias is None else bias[e])
+        if transposed:
+            y[slots] = rows_of_x[rows] @ weights.one(e, x.dtype)
+        else:
+            y[slots] = _by_one(rows_of_x[rows], e, weights, None if bias is None else bias[e])
     return y.view(*ids.shape, n)
+
+
+def _by_one(x: Tensor, e: int, weights: ExpertWeights, bias: Tensor | None) -> Tensor:
+    """The product with one expert: its weight is not decoded first where x has few rows."""
+    scheme = weights.scheme
+    y = None if scheme is None else native.linear(x, weights.planes_of(e), scheme, weights.n, bias)
+    return F.linear(x, weights.one(e, x.dtype), None if bias is None else bias.to(x.dtype)) if y is None else y
 
 
 def _on_codes(x: Tensor, ids: Tensor, weights: ExpertWeights, bias: Tensor | None) -> Tensor:
@@ -180,7 +192,9 @@ def in_blocks(
     for some, of in zip(rows.split(size), blocks.experts.split(size), strict=True):
         w = weights.of(of, x.dtype)
         w = w if transposed else w.transpose(1, 2)
-        products.append(torch.bmm(some, w) if bias is None else torch.baddbmm(bias[of].unsqueeze(1), some, w))
+        products.append(
+            torch.bmm(some, w) if bias is None else torch.baddbmm(bias[of].to(x.dtype).unsqueeze(1), some, w)
+        )
     flat = torch.cat(products).flatten(0, 1)
     found = flat.index_select(0, blocks.places.view(-1).clamp(max=len(flat) - 1)).view(*ids.shape, n)
     return torch.where(_present(ids, weights.experts).unsqueeze(-1), found, y)

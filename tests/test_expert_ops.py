@@ -1,6 +1,9 @@
-"""fxquant::experts against a loop in float64: devices' both ways of computing it, gradients, torch's own checks."""
+"""fxquant::experts against a loop in float64: all ways of computing it, gradients, torch's own checks."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,12 +12,13 @@ from hypothesis import strategies as st
 from random_planes import random_planes
 from torch import Tensor
 
-from fxquant import expert_matmul
+from fxquant import expert_matmul, native
 from fxquant.activation_codecs import dequantize_activation, outlier_features, quantize_activation
 from fxquant.codecs import dequantize, quantize
 from fxquant.errors import ModelError
 from fxquant.expert_matmul import PLAIN, ExpertWeights
-from fxquant.ops import ABI
+from fxquant.expert_ops import ABI
+from fxquant.native import matmul
 from fxquant.plane_stacks import as_one, by_rows, dequantize_stack
 from fxquant.scheme import NAMES, Scheme
 
@@ -30,6 +34,7 @@ SCHEMES = [
     "q4_k",
     "int3-g64-perm",
 ]
+COMPILED = [*SCHEMES[:-1], "int3-g32", "nf4-g32", "uint4-g32", "q6_k", "fp8"]
 ACTIVATIONS = ["int8+int8", "fp8-row+fp8", "int8+int8-static", "fp8-b128x128+fp8-g128", "llm-int8"]
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-23}
 """Rounding steps; float64 inputs meet weights that are dequantized in float32."""
@@ -139,6 +144,80 @@ def test_any_shape_in_both_ways(
             patch.setattr(expert_matmul, "_by_expert", expert_matmul.in_blocks)
             patch.setattr(expert_matmul, "_WEIGHTS_AT_ONCE", 3 * n * k)
         y = run(x, ids, planes, [] if bias is None else [bias], spelling, n)
+    assert_contract(y, x, ids, spelling, planes, weights, bias)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiled product for weights of any size; whatever is left to plain torch fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if matmul.library() is None:
+            pytest.skip("no C++ compiler")
+    monkeypatch.setattr(expert_matmul, "_by_expert", None)
+    with native.from_size(0):
+        yield
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("spelling", COMPILED)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_product(spelling: str, shared: bool, dtype: torch.dtype) -> None:
+    """With ids of no expert on both sides, and biases of other dtypes, one of them with columns apart."""
+    n, k = 24, 256
+    planes, weights = stack(spelling, 6, n, k)
+    biases = [torch.randn(6, n), None, torch.randn(6, n, dtype=dtype), torch.randn(6, 2 * n)[:, ::2], None]
+    for (tokens, slots), bias in zip([(0, 2), (1, 1), (1, 4), (5, 3), (40, 2)], biases, strict=True):
+        ids = routed(tokens, slots, 6, tokens)
+        x = torch.randn(*((tokens, k) if shared else (tokens, slots, k)), dtype=dtype) / 64
+        y = run(x, ids, planes, [] if bias is None else [bias], spelling, n)
+        assert_contract(y, x, ids, spelling, planes, weights, bias)
+        assert not y[(ids < 0) | (ids >= 6)].any()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_product_where_no_id_names_an_expert() -> None:
+    planes, _ = stack("int4-g32", 3, 8, 64)
+    ids = torch.tensor([[-1, 3], [3, -7], [2**40, -(2**40)]])
+    assert torch.equal(run(torch.randn(3, 64), ids, planes, [torch.ones(3, 8)], "int4-g32", 8), torch.zeros(3, 2, 8))
+
+
+@pytest.mark.parametrize("size", [0, 1 << 16])
+def test_no_experts_at_all(size: int) -> None:
+    planes = [p[:0] for p in stack("int4-g32", 1, 8, 64)[0]]
+    with native.from_size(size):
+        y = run(torch.randn(2, 64), torch.tensor([[0, 1], [-1, 0]]), planes, [], "int4-g32", 8)
+    assert torch.equal(y, torch.zeros(2, 2, 8))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_product_reads_no_expert_without_tokens() -> None:
+    planes, weights = stack("int4-g32", 32, 16, 64)
+    planes[1][[e for e in range(32) if e not in (3, 17)]] = float("nan")
+    x, ids = torch.randn(3, 64), torch.tensor([[3, 17], [17, -1], [32, 3]])
+    assert_contract(run(x, ids, planes, [], "int4-g32", 16), x, ids, "int4-g32", planes, weights, None)
+
+
+@pytest.mark.parametrize("spelling", ["int4-g32", "int3-g64-perm"])
+def test_each_expert_is_decoded_or_not_by_its_own_rows(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has more rows than the compiled product is for; the others have few, and no whole weights."""
+    if matmul.library() is None:
+        pytest.skip("no C++ compiler")
+    planes, weights = stack(spelling, 5, 16, 64)
+    ids = torch.full((400, 1), 2)
+    ids[::20, 0] = torch.arange(20) % 7 - 1
+    x, bias, decoded = torch.randn(400, 64), torch.randn(5, 16), []
+    original = ExpertWeights.one
+
+    def spied(self: ExpertWeights, e: int, dtype: torch.dtype) -> Tensor:
+        decoded.append(e)
+        return original(self, e, dtype)
+
+    monkeypatch.setattr(ExpertWeights, "one", spied)
+    with native.from_size(0):
+        y = run(x, ids, planes, [bias], spelling, 16)
+    assert decoded == [2]
     assert_contract(y, x, ids, spelling, planes, weights, bias)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxquant import codecs, native
 from fxquant.codecs.double import dynamic_map
-from fxquant.native import matmul, matmul_levels
+from fxquant.native import library, matmul, matmul_levels
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
@@ -57,7 +57,7 @@ def threads() -> Iterator[None]:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left out shows."""
     empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size: empty(self, *size).fill_(math.nan))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **how: empty(self, *size, **how).fill_(math.nan))
 
 
 def product(x: Tensor, planes: dict[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor:
@@ -122,7 +122,30 @@ def test_tensors_that_are_left_to_plain_torch() -> None:
         assert native.linear(x, {**planes, "codes": planes["codes"][:7]}, scheme, 8, None) is None
         assert native.linear(x, planes, scheme, 8, torch.randn(7)) is None
         assert native.linear(torch.randn(1000, 64), planes, scheme, 8, None) is None, "many rows"
+        assert native.linear(torch.randn(64, 64), planes, scheme, 8, None) is not None
         assert native.linear(x.to("meta"), planes, scheme, 8, None) is None
+
+
+@pytest.mark.parametrize(
+    "spelling", ["int4-g64", "uint4-g32-bias", "nf4-dq", "q4_k", "int4-g64-perm", "int4-g64-colscale"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_many_rows_of_a_short_dtype(spelling: str, dtype: torch.dtype, biased: bool) -> None:
+    """Decoded first where that is compiled too, but not rounded; left to torch where the processor has instructions."""
+    built = matmul.library()
+    assert built is not None
+    scheme = Scheme.parse(spelling)
+    planes, x = random_planes(scheme, 20, 256), torch.randn(3, 50, 256).to(dtype) / 64
+    bias = torch.randn(20) if biased else None
+    with native.from_size(0):
+        y = native.linear(x, planes, scheme, 20, bias)
+    if built.fxquant_multiplies(matmul.DTYPES[dtype]):
+        assert y is None
+    else:
+        assert y is not None
+        assert y.shape == (3, 50, 20)
+        check(y, x, decoded(planes, scheme, 20, 256), bias)
 
 
 def test_leading_dimensions_and_strided_planes() -> None:
@@ -222,6 +245,11 @@ def test_experts_that_are_left_to_plain_torch() -> None:
         assert native.experts(x[:1], ids, planes, scheme, 8, None) is None
         assert native.experts(x, ids, planes, scheme, 8, torch.randn(2, 8)) is None
         assert native.experts(x, ids, {**planes, "codes": planes["codes"][:2]}, scheme, 8, None) is None
+        many = torch.zeros(600, 2, dtype=torch.int64)
+        assert native.experts(torch.randn(600, 128), many, planes, scheme, 8, None) is None, "many rows of one expert"
+        many[:] = -1
+        many[:3] = 1
+        assert native.experts(torch.randn(600, 128), many, planes, scheme, 8, None) is not None
 
 
 def test_the_op_uses_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +266,7 @@ def test_without_a_compiler_there_is_one_warning_and_plain_torch(monkeypatch: py
     def fails(*args: object) -> None:
         raise RuntimeError("no g++ here\nand more")
 
-    monkeypatch.setattr(matmul, "compile_cpp", fails)
+    monkeypatch.setattr(library, "compile_cpp", fails)
     matmul.library.cache_clear()
     scheme, x = Scheme.parse("int4-g128"), torch.randn(3, 512)
     planes = random_planes(scheme, 512, 512)

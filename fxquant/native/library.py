@@ -1,11 +1,11 @@
-"""The compiled library: built on first use, one per process, and whether a weight is worth it."""
+"""Compiled libraries: built on first use, one of each kind per process, and whether a weight is worth it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import resources
@@ -36,7 +36,6 @@ _FLAGS = (
     "-fno-reciprocal-math",
     "-fno-finite-math-only",
     "-fsigned-zeros",
-    "-ffp-contract=off",
 )
 _smallest: ContextVar[float] = ContextVar("smallest", default=1 << 16)
 """Importing Inductor takes a second or two, in which plain torch has done with many small weights."""
@@ -65,22 +64,34 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions; None, after a warning, where they cannot be compiled or loaded."""
+def load(what: str, instead: str, sources: Sequence[str], *, contract: bool) -> ctypes.CDLL | None:
+    """The library that some files of this package make together; None, after a warning, where there can be none.
+
+    Args:
+        what: is compiled, for the warning.
+        instead: what happens without it, for the warning.
+        sources: names of the files, in the order in which they are one text.
+        contract: whether a product and a sum may become one operation, which is rounded once.
+    """
     try:
-        source = "\n".join((resources.files("fxquant.native") / name).read_text() for name in _SOURCES)
-        built = compile_cpp(source, _FLAGS)
+        text = "\n".join((resources.files("fxquant.native") / name).read_text() for name in sources)
+        return compile_cpp(text, (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}"))
     except Exception as error:  # a compiler can fail in any way, and nothing here depends on it
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
-            f"the C++ codecs of fxquant could not be compiled: {reason[0]}\n"
-            "  weights are quantized and dequantized by plain torch instead, several times slower; see the C++ compiler"
-            " that torch.compile needs on a CPU",
-            stacklevel=2,
+            f"the C++ {what} of fxquant could not be compiled: {reason[0]}\n"
+            f"  {instead}; see the C++ compiler that torch.compile needs on a CPU",
+            stacklevel=3,
         )
         return None
-    for name in _FUNCTIONS:
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled codecs; None, after a warning, where they cannot be compiled or loaded."""
+    instead = "weights are quantized and dequantized by plain torch instead, several times slower"
+    built = load("codecs", instead, _SOURCES, contract=False)
+    for name in _FUNCTIONS if built else ():
         function = getattr(built, name)
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return built

@@ -137,13 +137,19 @@ template <bool AFFINE> void multiply_wide(const Product& job) {
 
 } // namespace
 
-// The most rows of x, of this dtype, with which this is faster than to decode the weight and leave the product to the
-// vendor's library: that one has instructions for bfloat16 where the processor does.
-extern "C" int64_t fxquant_most_rows(int dtype) {
+// Whether the processor has instructions for products of this dtype, which the vendor's library uses.
+extern "C" int fxquant_multiplies(int dtype) {
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__)
-    if (dtype == 1) return 16;
+    if (dtype == 1) return 1;
 #endif
-    return dtype == 0 ? 128 : 512;
+    return dtype == 0;
+}
+
+// The most rows of x, of this dtype, with which this is faster than to decode the weight and leave the product to the
+// vendor's library, in float32 where there are no instructions for the dtype.
+extern "C" int64_t fxquant_most_rows(int dtype) {
+    if (dtype == 0) return 64;
+    return fxquant_multiplies(dtype) ? 16 : 128;
 }
 
 extern "C" void fxquant_multiply(const Product* job) {

@@ -1,41 +1,33 @@
-"""Products of few rows with planes, compiled: codes are decoded where they are multiplied, and no weight is written."""
+"""Products with planes, compiled: of few rows, with codes that are decoded where they are multiplied."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Mapping
-from importlib import resources
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.inductor import compile_cpp
+from fxquant.native.dequantize import dequantize
 from fxquant.native.job import DTYPES
-from fxquant.native.library import serves
+from fxquant.native.library import load, serves
 from fxquant.native.matmul_job import Product, covered_planes, fill_input, lies_as_read, product
 from fxquant.scheme import Scheme
 
 _SOURCES = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h", "matmul_kernels.h", "matmul.cpp")
-# Inductor's own flags come before these. Products and sums may become one operation; nothing else is changed.
-_FLAGS = (
-    "-w",
-    "-fno-fast-math",
-    "-fno-unsafe-math-optimizations",
-    "-fno-associative-math",
-    "-fno-reciprocal-math",
-    "-fno-finite-math-only",
-    "-fsigned-zeros",
-    "-ffp-contract=fast",
-)
+_FEW_IDS = 16
+"""So many rows are never too many."""
 
 
 def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor | None:
     """`x @ W.T + bias` for the weight that planes hold, where that is faster than to decode all of it first.
 
     W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
-    are in float32, rounded once. A row of the result depends on its row of x alone, and not on the number of threads.
+    are in float32, rounded once. With few rows of x, each row of the result depends on its own alone, and not on the
+    number of threads. With many, in a dtype that the processor has no instructions for, W is decoded as a whole, and
+    the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.
@@ -46,13 +38,20 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
 
     Returns:
         `[..., n]` in the dtype of x. None where plain torch has to, or does it faster: another device or dtype, a
-        tensor that is no plain one, a weight too small, a scheme that is not covered, many rows, or no compiler.
+        tensor that is no plain one, a weight too small, a scheme that is not covered, many rows in a dtype that the
+        processor has instructions for, or no compiler.
     """
     k = x.shape[-1]
     rows = x.numel() // max(k, 1)
     built = _library_for(x, planes, scheme, n, bias, None)
-    if built is None or rows > built.fxquant_most_rows(DTYPES[x.dtype]):
+    if built is None:
         return None
+    if rows > built.fxquant_most_rows(DTYPES[x.dtype]):
+        if built.fxquant_multiplies(DTYPES[x.dtype]):
+            return None
+        decoded = x.new_empty((n, k), dtype=torch.float32)
+        if not scheme.columns and dequantize(planes, scheme, n, k, 0, decoded):
+            return F.linear(x.float(), decoded, None if bias is None else bias.float()).to(x.dtype)
     y = x.new_empty((*x.shape[:-1], n))
     if rows:
         job = product(planes, scheme, n, k, stacked=False)
@@ -75,15 +74,17 @@ def experts(
         bias: `[experts, n]` or None.
 
     Returns:
-        `[T, k, n]` in the dtype of x, zeros where an id names no expert. None as for `linear`.
+        `[T, k, n]` in the dtype of x, zeros where an id names no expert. None as for `linear`, and where one expert has
+        many rows, of any dtype.
     """
     k, slots, count = x.shape[-1], ids.numel(), planes["codes"].shape[0]
     if ids.dtype != torch.int64 or not _plain(ids) or x.shape[:-1] not in (ids.shape, ids.shape[:1]):
         return None
     if scheme.columns:
         return None
+    bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
     built = _library_for(x, planes, scheme, n, bias, count)
-    if built is None or slots > count * built.fxquant_most_rows(DTYPES[x.dtype]):
+    if built is None or _largest_share(ids, count) > built.fxquant_most_rows(DTYPES[x.dtype]):
         return None
     y = x.new_zeros((*ids.shape, n))
     if slots and count:
@@ -93,6 +94,14 @@ def experts(
         job.picks = ids.shape[1] if x.shape[:-1] != ids.shape else 1
         _run(built, job, x.reshape(-1, k), planes, y, bias)
     return y
+
+
+def _largest_share(ids: Tensor, count: int) -> int:
+    """How many ids name the expert that most of them name; a larger number is good enough while it is small."""
+    if ids.numel() <= _FEW_IDS or not count:
+        return ids.numel()
+    known = ids[(ids >= 0) & (ids < count)]
+    return int(known.bincount(minlength=count).max())
 
 
 def _plain(ids: Tensor) -> bool:
@@ -130,18 +139,10 @@ def _run(
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled product; None, after a warning, where it cannot be compiled or loaded."""
-    try:
-        source = "\n".join((resources.files("fxquant.native") / name).read_text() for name in _SOURCES)
-        built = compile_cpp(source, _FLAGS)
-    except Exception as error:  # a compiler can fail in any way, and nothing here depends on it
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        warnings.warn(
-            f"the C++ product of fxquant could not be compiled: {reason[0]}\n"
-            "  weights are decoded as a whole for every product instead, many times slower; see the C++ compiler that"
-            " torch.compile needs on a CPU",
-            stacklevel=2,
-        )
-        return None
-    built.fxquant_multiply.argtypes, built.fxquant_multiply.restype = [ctypes.c_void_p], None
-    built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
+    instead = "weights are decoded as a whole for every product instead, many times slower"
+    built = load("product", instead, _SOURCES, contract=True)
+    if built is not None:
+        built.fxquant_multiply.argtypes, built.fxquant_multiply.restype = [ctypes.c_void_p], None
+        built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
+        built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

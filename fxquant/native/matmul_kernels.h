@@ -85,7 +85,8 @@ template <class E> struct Kernel {
                 for (int m = 0; m < M; m++) sums[r][m] = multiply_add(w, x[m], sums[r][m]);
             }
         };
-        const int64_t ahead = 2 * ROWS * job.codes_stride;
+        // Not beyond the last row: what is there belongs to another expert.
+        const int64_t ahead = row + 3 * ROWS <= job.rows ? 2 * ROWS * job.codes_stride : 0;
         const auto prefetch = [&](int64_t u) __attribute__((always_inline)) { // at most a line
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + ahead + u * E::SPAN, 0, 2);

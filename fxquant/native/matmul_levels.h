@@ -23,17 +23,18 @@ inline F floats(const void* from, int type, int64_t i, int64_t count) {
     return count < LANES ? load_some((const Fp16*)from + i, count) : load((const Fp16*)from + i);
 }
 
-// `[blocks]` of one row of one expert; room for whole vectors behind them, in `bytes` as well.
-inline void numbers(const Level& level, int64_t expert, int64_t row, int64_t blocks, float* to, uint8_t* bytes) {
-    const uint8_t* const stored =
-        (const uint8_t*)level.stored + expert * level.expert + row / level.rows * level.stride;
+inline int64_t over(int64_t a, int64_t b) { return b == 1 ? a : a / b; } // a division takes as long as 16 weights
+
+inline const uint8_t* numbers_at(const Level& level, int64_t expert, int64_t row) {
+    return (const uint8_t*)level.stored + expert * level.expert + over(row, level.rows) * level.stride;
+}
+
+__attribute__((noinline)) void numbers_of_levels(const Level& level, int64_t expert, int64_t row, int64_t blocks,
+                                                 float* to, uint8_t* bytes) {
+    const uint8_t* const stored = numbers_at(level, expert, row);
     if (level.type > 2) unpack(stored, blocks, level.bits, bytes);
-    if (level.type <= 2 && level.outer_type == 7 && !level.offset) {
-        for (int64_t i = 0; i < blocks; i += LANES) store(to + i, floats(stored, level.type, i, blocks - i));
-        return;
-    }
     const uint8_t* const outer =
-        (const uint8_t*)level.outer + expert * level.outer_expert + row / level.outer_rows * level.outer_stride;
+        (const uint8_t*)level.outer + expert * level.outer_expert + over(row, level.outer_rows) * level.outer_stride;
     // Where the number of the second level is that a block is under, and the first block that is not under it.
     const int64_t first = level.flat * row;
     int64_t at = level.outer_type == 7 ? 0 : first / level.per, next = (at + 1) * level.per - first;
@@ -60,6 +61,14 @@ inline void numbers(const Level& level, int64_t expert, int64_t row, int64_t blo
         }
         store(to + i, level.offset ? v + offset : v);
     }
+}
+
+// `[blocks]` of one row of one expert; room for whole vectors behind them, in `bytes` as well.
+inline void numbers(const Level& level, int64_t expert, int64_t row, int64_t blocks, float* to, uint8_t* bytes) {
+    if (level.type > 2 || level.outer_type != 7 || level.offset)
+        return numbers_of_levels(level, expert, row, blocks, to, bytes);
+    const uint8_t* const stored = numbers_at(level, expert, row);
+    for (int64_t i = 0; i < blocks; i += LANES) store(to + i, floats(stored, level.type, i, blocks - i));
 }
 
 } // namespace

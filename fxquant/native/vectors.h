@@ -167,8 +167,15 @@ inline void store(Fp16* to, F v) {
 
 // The first `count` of a vector; nothing is touched behind them.
 template <class T> inline F load_some(const T* from, int64_t count) {
+#ifdef FXQUANT_AVX512
+    const __mmask16 mask = (1u << count) - 1;
+    if constexpr (sizeof(T) == sizeof(float)) return (F)_mm512_maskz_loadu_ps(mask, from);
+    alignas(32) T some[2 * LANES];
+    _mm512_store_si512(some, _mm512_maskz_loadu_epi16(mask, from));
+#else
     T some[LANES] = {};
     memcpy(some, from, count * sizeof(T));
+#endif
     return load(some);
 }
 

@@ -1,14 +1,11 @@
 """Few rows times a weight on a CPU: the op on planes beside oneDNN's bfloat16, ATen's int4 and bitsandbytes.
 
     python tests/benchmarks/linear_speed.py [--rows 1 4 8 16] [--shape 4096 4096] [--rounds 15] [--json FILE]
-    python tests/benchmarks/linear_speed.py --experts [--rows 1 8 64 256] ...
 
 bfloat16 inputs. Every method runs once in every round, each on the next of so many copies of its weight that they take
 128 MB together, so that other load meets all of them and no cache holds them. Ratios are to the fastest rival of the
 same round (of the same numbers of rows): their median, least and most. Before any ratio is printed, what a method gives
-is compared with float64.
-
-With `--experts`, one layer of 128 experts, 8 to a token, 2048 to 768 and back, against transformers' three ways.
+is compared with float64. `experts_speed.py` does the same for a layer of experts.
 """
 
 from __future__ import annotations
@@ -17,18 +14,16 @@ import argparse
 import importlib.util
 import json
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
+from side_by_side import Timed, report
 from torch import Tensor
 
 from fxquant import codecs, native
@@ -36,21 +31,17 @@ from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
 SCHEMES = ("int4", "nf4", "nf4-dq", "q4_k", "mxfp4", "int8", "fp8")
-EXPERTS, TOP, HIDDEN, INNER = 128, 8, 2048, 768
 STEP = 2.0**-8
 """Half the distance from 1 to the next larger bfloat16."""
 
 
 @dataclass
-class Method:
-    """One way to compute, with copies of its weight, and how long it took in each round."""
+class Method(Timed):
+    """One way to compute, with copies of its weight."""
 
-    name: str
     copies: list[Callable[[Tensor], Tensor]]
     weight: Tensor
     """What the first copy stands for, float32."""
-    rival: bool = True
-    seconds: list[float] = field(default_factory=list)
     calls: int = 0
 
     def run(self, x: Tensor) -> None:
@@ -86,9 +77,9 @@ def ours(spelling: str, weight: Tensor, megabytes: float) -> list[Method]:
         return run
 
     return [
-        Method(f"{spelling}, native.linear", [function(p) for p in planes], decoded, rival=False),
-        Method(spelling, [op(list(p.values())) for p in planes], decoded, rival=False),
-        Method(f"{spelling}, decoded first", [plain(p) for p in planes[:2]], decoded, rival=False),
+        Method(f"{spelling}, native.linear", False, [function(p) for p in planes], decoded),
+        Method(spelling, False, [op(list(p.values())) for p in planes], decoded),
+        Method(f"{spelling}, decoded first", False, [plain(p) for p in planes[:2]], decoded),
     ]
 
 
@@ -98,7 +89,7 @@ def onednn(weight: Tensor, megabytes: float) -> Method:
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
     count = copies_of(2 * weight.numel(), megabytes)
-    return Method("oneDNN bfloat16, packed", [copy() for _ in range(count)], weight.float())
+    return Method("oneDNN bfloat16, packed", True, [copy() for _ in range(count)], weight.float())
 
 
 def aten(weight: Tensor, megabytes: float) -> Method:
@@ -112,7 +103,7 @@ def aten(weight: Tensor, megabytes: float) -> Method:
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 128, scales)
 
     decoded = codecs.dequantize(planes, scheme, n, k)
-    return Method("ATen int4", [copy() for _ in range(copies_of(n * k // 2, megabytes))], decoded)
+    return Method("ATen int4", True, [copy() for _ in range(copies_of(n * k // 2, megabytes))], decoded)
 
 
 def bitsandbytes(weight: Tensor, megabytes: float) -> Method:
@@ -129,7 +120,7 @@ def bitsandbytes(weight: Tensor, megabytes: float) -> Method:
     first = copy()
     decoded = dequantize_4bit(first.weight.data, first.weight.quant_state).float()
     count = copies_of(n * k // 2, megabytes)
-    return Method("bitsandbytes nf4", [first, *(copy() for _ in range(count - 1))], decoded)
+    return Method("bitsandbytes nf4", True, [first, *(copy() for _ in range(count - 1))], decoded)
 
 
 def linears(shape: Sequence[int], schemes: Sequence[str], megabytes: float) -> list[Method]:
@@ -154,109 +145,11 @@ def wrong(methods: list[Method], rows: int, k: int) -> list[str]:
     return found
 
 
-class Layer:
-    """One layer of experts in bfloat16, and its planes."""
-
-    def __init__(self, spelling: str) -> None:
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-        self.spelling, self.scheme = spelling, Scheme.parse(spelling)
-        config = Qwen3MoeConfig(
-            num_experts=EXPERTS, num_experts_per_tok=TOP, hidden_size=HIDDEN, moe_intermediate_size=INNER
-        )
-        self.config, self.experts = config, Qwen3MoeExperts(config).bfloat16().requires_grad_(False)
-        for parameter in (self.experts.gate_up_proj, self.experts.down_proj):
-            parameter.normal_(std=0.02)
-        self.planes = {}
-        for name in ("gate_up_proj", "down_proj"):
-            stacks = [codecs.quantize(weight, self.scheme, "absmax") for weight in getattr(self.experts, name)]
-            self.planes[name] = {plane: torch.stack([each[plane] for each in stacks]) for plane in stacks[0]}
-
-    def ours(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        gate_up = native.experts(x, ids, self.planes["gate_up_proj"], self.scheme, 2 * INNER, None)
-        assert gate_up is not None
-        gate, up = gate_up.chunk(2, -1)
-        y = native.experts(F.silu(gate) * up, ids, self.planes["down_proj"], self.scheme, HIDDEN, None)
-        assert y is not None
-        return (y.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-
-    def theirs(self, how: str) -> Callable[..., Tensor]:
-        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            self.config._experts_implementation = how
-            return self.experts(x, ids, weights)
-
-        return run
-
-    @contextmanager
-    def decoded(self) -> Iterator[None]:
-        """With the weights that the planes stand for, rounded to bfloat16, in the place of the original ones."""
-        kept = {name: getattr(self.experts, name).clone() for name in self.planes}
-        for name, planes in self.planes.items():
-            parameter = getattr(self.experts, name)
-            for i in range(EXPERTS):
-                own = {plane: values[i] for plane, values in planes.items()}
-                parameter[i] = codecs.dequantize(own, self.scheme, *parameter.shape[1:], torch.bfloat16)
-        yield
-        for name, weight in kept.items():
-            getattr(self.experts, name).copy_(weight)
-
-
-def experts(tokens: Sequence[int], spelling: str, rounds: int) -> dict[int, list[Method]]:
-    layer, found = Layer(spelling), {}
-    names = {"eager": "eager loop", "batched_mm": "batched_mm", "grouped_mm": "grouped_mm"}
-    for count in tokens:
-        methods = [Method(spelling, [], torch.empty(0), rival=False)]
-        methods += [Method(f"transformers {name}", [], torch.empty(0)) for name in names.values()]
-        runs = [layer.ours, *(layer.theirs(how) for how in names)]
-        with layer.decoded():
-            arguments = routed(count)
-            reference, y = runs[1](*arguments).float(), layer.ours(*arguments).float()
-        if (y - reference).norm() > 0.02 * reference.norm():
-            sys.exit(f"experts, {count} tokens: not correct, so no speeds")
-        for _ in range(rounds):
-            arguments = routed(count)
-            for method, run in zip(methods, runs, strict=True):
-                start = time.perf_counter()
-                run(*arguments)
-                method.seconds.append(time.perf_counter() - start)
-        found[count] = methods
-    return found
-
-
-def routed(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    scores = torch.rand(tokens, EXPERTS).softmax(-1)
-    weights, ids = scores.topk(TOP)
-    return torch.randn(tokens, HIDDEN).bfloat16(), ids, (weights / weights.sum(-1, keepdim=True)).bfloat16()
-
-
-def report(methods: list[Method], rows: int, console: Console) -> list[dict[str, object]]:
-    rivals = [method for method in methods if method.rival]
-    best = [min(times) for times in zip(*(rival.seconds for rival in rivals), strict=True)]
-    table = Table(f"{rows} rows", "ms", "x best rival", "least", "most", *(f"x {r.name}" for r in rivals), box=None)
-    lines: list[dict[str, object]] = []
-    for method in methods:
-        ratios = [other / own for other, own in zip(best, method.seconds, strict=True)]
-        medians = {
-            rival.name: statistics.median(a / b for a, b in zip(rival.seconds, method.seconds, strict=True))
-            for rival in rivals
-        }
-        middle = statistics.median(ratios)
-        numbers = [f"{v:.2f}" for v in (middle, min(ratios), max(ratios), *medians.values())]
-        table.add_row(method.name, f"{1e3 * statistics.median(method.seconds):.3f}", *numbers)
-        lines.append(
-            {"rows": rows, "method": method.name, "seconds": method.seconds, "ratio": middle, "ratios": medians}
-        )
-    console.print(table)
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="*", help="rows of x, or tokens")
+    parser.add_argument("--rows", type=int, nargs="*", default=(1, 4, 8, 16), help="of x")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), help="N and K")
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
-    parser.add_argument("--experts", action="store_true", help="a layer of experts, under the first of the schemes")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--megabytes", type=float, default=128, help="of copies of a weight")
@@ -268,21 +161,17 @@ def main() -> None:
     versions = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"
     console.print(f"{versions}, {options.rounds} rounds")
     with torch.inference_mode():
-        if options.experts:
-            for tokens, methods in experts(options.rows or (1, 8, 64, 256), options.schemes[0], options.rounds).items():
-                lines += report(methods, tokens, console)
-        else:
-            methods = linears(options.shape, options.schemes, options.megabytes)
-            for rows in options.rows or (1, 4, 8, 16):
-                if found := wrong(methods, rows, options.shape[1]):
-                    sys.exit("not correct, so no speeds:\n  " + "\n  ".join(found))
-                x = torch.randn(rows, options.shape[1]).bfloat16()
+        methods = linears(options.shape, options.schemes, options.megabytes)
+        for rows in options.rows:
+            if found := wrong(methods, rows, options.shape[1]):
+                sys.exit("not correct, so no speeds:\n  " + "\n  ".join(found))
+            x = torch.randn(rows, options.shape[1]).bfloat16()
+            for method in methods:
+                method.seconds.clear()
+            for _ in range(options.rounds):
                 for method in methods:
-                    method.seconds.clear()
-                for _ in range(options.rounds):
-                    for method in methods:
-                        method.run(x)
-                lines += report(methods, rows, console)
+                    method.run(x)
+            lines += report(methods, rows, "rows", console)
     if options.json:
         options.json.write_text(json.dumps({"versions": versions, "lines": lines}, indent=1))
 
