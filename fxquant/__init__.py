@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fxquant.experts import ExpertsAdapter as ExpertsAdapter
     from fxquant.experts import Projection as Projection
     from fxquant.experts import register_experts as register_experts
+    from fxquant.integrations.transformers import FxQuantConfig as FxQuantConfig
+    from fxquant.loading import load as load
+    from fxquant.model_files import save as save
     from fxquant.recipe import Recipe as Recipe
     from fxquant.rule import Rule as Rule
     from fxquant.scheme import Scheme as Scheme
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(("capture", "dequantize", "history", "plan", "quantize", "report"), "api"),
     **dict.fromkeys(("ExpertsAdapter", "Projection", "register_experts"), "experts"),
+    "FxQuantConfig": "integrations.transformers",
     "FxquantError": "errors",
+    "load": "loading",
+    "save": "model_files",
     "Recipe": "recipe",
     "Rule": "rule",
     "Scheme": "scheme",

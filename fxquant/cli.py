@@ -118,14 +118,14 @@ def quantize_checkpoint(
     full: Full = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where fxquant wrote it.")] = False,
 ) -> None:
-    """Quantize a checkpoint and write it: safetensors and JSON, which `fxquant.model_files.read_model` reads.
+    """Quantize a checkpoint and write it: safetensors and JSON, which `fxquant.load` reads.
 
     [bold]Example:[/bold]  fxquant quantize ./my-model ./my-model-nf4 -r nf4-dq
     """
     from fxquant.api import quantize
     from fxquant.errors import FileError
     from fxquant.install import record_of
-    from fxquant.model_files import check_target, write_model
+    from fxquant.model_files import check_target, save
     from fxquant.model_report import report
     from fxquant.pretrained import load_config, load_model, load_tokenizer, refuse_quantized
     from fxquant.recipe import Recipe
@@ -144,7 +144,7 @@ def quantize_checkpoint(
     if record is not None:
         typer.echo(f"plan: {record.plan.table().notes[0]}")
     report(loaded).table(full=full).show(Console())
-    write_model(loaded, out, tokenizer, recipe=recipe, force=force)
+    save(loaded, out, tokenizer, recipe=recipe, force=force)
     typer.echo(f"written to {out}")
 
 

@@ -201,6 +201,9 @@ class QExperts(ExpertsContainer):
             return tensor
         new = torch.empty_like(tensor, device=device)
         setattr(self, name, new if name in self._buffers else nn.Parameter(new, tensor.requires_grad))
+        members = stack.tensor("experts")
+        if members in self._buffers:  # of a module that was made from one on the meta device
+            self._buffers[members] = torch.tensor(stack.experts, device=device)
         return new
 
     def weight_of(self, name: str, e: int) -> Tensor:
@@ -227,7 +230,7 @@ class QExperts(ExpertsContainer):
     def restore(self) -> nn.Module:
         """The module that this one replaced, of its own class, with dequantized weights; this one stays as it is."""
         module = self.restored()
-        own = {_flat(name) for name in self.stack_shapes} | {name for s in self.stacks for name in self._tensors(s)}
+        own = {_flat(name) for name in self.stack_shapes} | {name for s in self.stacks for name in s.tensors}
         module._parameters = {name: p for name, p in module._parameters.items() if name not in own}
         for name, shape in self.stack_shapes.items():
             kept = self._parameters.get(_flat(name))
@@ -246,12 +249,9 @@ class QExperts(ExpertsContainer):
                 stack[e][p.rows(stack.shape[1])].copy_(self.weight_of(p.name, e))
         return nn.Parameter(tensor, self.trainable[name])
 
-    def _tensors(self, stack: Stack) -> list[str]:
-        return [stack.tensor(name) for name in (*stack.planes, "experts")]
-
     def own_names(self) -> set[str]:
         """Names of attributes, children and buffers that are the container's own."""
-        tensors = {name for stack in self.stacks for name in self._tensors(stack)}
+        tensors = {name for stack in self.stacks for name in stack.tensors}
         return super().own_names() | {"stacks", "dtype", "trainable"} | tensors
 
     def extra_repr(self) -> str:

@@ -58,6 +58,11 @@ class Stack:
         """Name of the tensor that holds a plane of all its weights."""
         return f"{self.name}_{plane}"
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all tensors that are its own: planes, and which experts they belong to."""
+        return tuple(self.tensor(name) for name in (*self.planes, "experts"))
+
     def rows(self, projection: str) -> slice | None:
         """Which rows of each weight are those of a projection; None: all."""
         if len(self.projections) == 1:

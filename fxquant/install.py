@@ -38,6 +38,11 @@ def record_of(model: nn.Module) -> Record | None:
     return found if isinstance(found, Record) else None
 
 
+def remember(model: nn.Module, record: Record) -> None:
+    """Leave on the model what was done to it."""
+    model.__dict__[_RECORD] = record
+
+
 def forget(model: nn.Module) -> None:
     """Take what `quantize` left off the model."""
     model.__dict__.pop(_RECORD, None)
@@ -70,10 +75,11 @@ def _planned_weights(model: nn.Module, plan: Plan) -> Iterator[tuple[PlanEntry, 
     """Every weight that is to be quantized, `[N, K]`, a view."""
     stacked = {name: weight for site in find_experts(model) for name, weight in site.weights()}
     for entry in plan.quantized:
-        yield entry, stacked[entry.name] if entry.kind == "expert" else _linear_weight(model, entry)
+        yield entry, stacked[entry.name] if entry.kind == "expert" else linear_weight(model, entry)
 
 
-def _linear_weight(model: nn.Module, entry: PlanEntry) -> Tensor:
+def linear_weight(model: nn.Module, entry: PlanEntry) -> Tensor:
+    """The weight of a linear, `[N, K]`, a view."""
     weight = model.get_submodule(entry.name).get_parameter("weight").detach()
     return weight.t() if entry.transposed and entry.kind == "linear" else weight
 
@@ -100,10 +106,10 @@ def install(
         input_scales: of the layers with static activation scales, by name.
     """
     record = Record(plan, history)
-    model.__dict__[_RECORD] = record
+    remember(model, record)
     for fqn, module in modules.items():
         if not isinstance(module, (QLinear, QExperts)):
-            _place(model, (fqn,), module)
+            place(model, (fqn,), module)
     # Names alone: a reference to a module of experts would keep its weights.
     stacks = {site.aliases: [name for name, _, _ in site.linears()] for site in find_experts(model)}
     inside = {name for names in stacks.values() for name in names}
@@ -111,7 +117,7 @@ def install(
         if entry.name not in inside:
             made = modules.get(entry.name)
             new = made if isinstance(made, QLinear) else None
-            record.errors[entry.name] = _install_linear(model, entry, new, input_scales.get(entry.name))
+            record.errors[entry.name] = install_linear(model, entry, new, input_scales.get(entry.name))
             done(entry)
     for aliases, names in stacks.items():
         planned = {name: e for name in names if (e := plan.get(name)) is not None and e.scheme is not None}
@@ -125,16 +131,26 @@ def install(
             module.own_weights()
 
 
-def _install_linear(model: nn.Module, entry: PlanEntry, new: QLinear | None, input_scale: float | None) -> float:
+def install_linear(
+    model: nn.Module, entry: PlanEntry, new: QLinear | None = None, input_scale: float | None = None
+) -> float:
+    """Quantize one linear and put the new module in place, under all its names; the relative squared error.
+
+    Args:
+        model: changed in place.
+        entry: which linear, and its scheme.
+        new: a module for it, still without planes.
+        input_scale: of a static activation scheme.
+    """
     assert entry.scheme is not None
     old = model.get_submodule(entry.name)
     transposed = entry.transposed and entry.kind == "linear"  # experts that a pass made linears of are not
     if new is None:  # the graph never calls it, or there is no graph
         new = QLinear.replacing(old, entry.scheme, transposed=transposed)
-    planes, error = _encode(_linear_weight(model, entry), entry, input_scale)
+    planes, error = _encode(linear_weight(model, entry), entry, input_scale)
     new.load_planes(planes)
     follow_device_hook(new, old)
-    _place(model, entry.aliases or (entry.name,), new)
+    place(model, entry.aliases or (entry.name,), new)
     return error
 
 
@@ -146,20 +162,45 @@ def _install_experts(
     layout = layout_of(module)
     assert isinstance(layout, ExpertsLayout)
     site = ExpertSite(aliases[0], aliases, module, layout)
+    new = new or empty_experts(site, planned)
+    yield from fill_experts(site, planned, new)
+    follow_device_hook(new, module)
+    place(model, aliases, new)
+
+
+def empty_experts(site: ExpertSite, planned: Mapping[str, PlanEntry]) -> QExperts:
+    """The module that takes the place of experts, still without planes.
+
+    Args:
+        site: the experts.
+        planned: those of their matrices that get a scheme, by name.
+    """
     schemes = {(e, p.name): planned[name].scheme for name, e, p in site.linears() if name in planned}
-    if new is None:
-        new = QExperts(module, layout, schemes)
+    return QExperts(site.module, site.layout, schemes)
+
+
+def fill_experts(
+    site: ExpertSite, planned: Mapping[str, PlanEntry], new: QExperts, parameter: str | None = None
+) -> Iterator[tuple[PlanEntry, float]]:
+    """Quantize experts into the module that takes their place; each matrix with its relative squared error.
+
+    Args:
+        site: the experts, as they are.
+        planned: those of their matrices that get a scheme, by name.
+        new: what `empty_experts` made of them.
+        parameter: only the matrices that this parameter holds; None: all.
+    """
     for name, e, projection in site.linears():
+        if parameter not in (None, projection.parameter):
+            continue
         if name in planned:
-            weight = expert_weight(module, layout, projection.name, e).detach()
+            weight = expert_weight(site.module, site.layout, projection.name, e).detach()
             planes, error = _encode(weight, planned[name])
             new.load_planes(projection.name, e, planes)
             yield planned[name], error
         elif not new.keeps_parameter(projection.name):
-            kept = expert_weight(module, layout, projection.name, e).detach()
+            kept = expert_weight(site.module, site.layout, projection.name, e).detach()
             new.load_planes(projection.name, e, {"weight": kept})
-    follow_device_hook(new, module)
-    _place(model, aliases, new)
 
 
 def _encode(weight: Tensor, entry: PlanEntry, input_scale: float | None = None) -> tuple[dict[str, Tensor], float]:
@@ -183,12 +224,13 @@ def uninstall(model: nn.Module) -> int:
         module, found = names.popitem()
         new = module.restore()
         follow_device_hook(new, module)
-        _place(model, tuple(found), new)
+        place(model, tuple(found), new)
     forget(model)
     return count
 
 
-def _place(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> None:
+def place(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> None:
+    """Set a module under these names."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)

@@ -3,7 +3,8 @@
     config.json            transformers' config, with `quantization_config: {"quant_method": "fxquant"}`
     fxquant.json           format version, model class, schemes and dtypes of all that is quantized, shared tensors
     fxquant.safetensors    the state_dict: planes, biases and all other parameters and buffers; and buffers outside it
-                           that differ from what transformers computes, as after model.bfloat16()
+                           that differ from what transformers computes, as after model.bfloat16(); above 5 GB in shards
+                           (fxquant-00001-of-00003.safetensors), with fxquant.safetensors.index.json
     generation_config.json, tokenizer files
 
 The weights are not called `model.safetensors`: transformers would load that without fxquant, fill the weights that it
@@ -21,28 +22,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant.errors import FileError, FxquantError, nearest
 from fxquant.expert_modules import QExperts
 from fxquant.experts import ExpertSite, find_experts
 from fxquant.linears import find_linears
 from fxquant.model_index import FORMAT, INDEX, Index, index_from, index_of, read_index
-from fxquant.model_tensors import collect, load, store
+from fxquant.model_tensors import SHARD_SIZE, SHARDS, WEIGHTS, collect, load, store
 from fxquant.modules import QLinear
 from fxquant.pretrained import as_file_error, load_config, model_class, skeleton
 from fxquant.scheme import Scheme
 
-WEIGHTS = "fxquant.safetensors"
-
 
 def is_model_directory(path: str | os.PathLike[str]) -> bool:
-    """Whether `write_model` made this directory, as far as its file names tell."""
-    return all((Path(path) / name).is_file() for name in (INDEX, WEIGHTS, "config.json"))
+    """Whether `save` made this directory, as far as its file names tell."""
+    there = {name for name in (INDEX, WEIGHTS, SHARDS, "config.json") if (Path(path) / name).is_file()}
+    return {INDEX, "config.json"} < there
 
 
 def check_target(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Refuse a place where `write_model` could not write; to be called before hours of work.
+    """Refuse a place where `save` could not write; to be called before hours of work.
 
     Raises:
         FileError: it cannot be created, or holds something that must not be replaced.
@@ -64,8 +64,14 @@ def check_target(path: str | os.PathLike[str], *, force: bool = False) -> None:
         raise FileError(f"cannot write {target}: {parent}: {error.strerror or error}") from None
 
 
-def write_model(
-    model: nn.Module, path: str | os.PathLike[str], tokenizer: Any = None, *, recipe: str = "", force: bool = False
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    recipe: str = "",
+    force: bool = False,
+    shard_size: int = SHARD_SIZE,
 ) -> None:
     """Write a quantized model of transformers as a directory, which appears complete or not at all.
 
@@ -75,6 +81,7 @@ def write_model(
         tokenizer: its files are written too.
         recipe: for people: what the model was quantized by.
         force: replace the directory where it holds a model that fxquant wrote.
+        shard_size: bytes from which on weights are parted into several files.
 
     Raises:
         FileError: the place cannot be written.
@@ -87,7 +94,8 @@ def write_model(
     target = Path(path).absolute()
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write_files(made, model, config, index, tensors, tokenizer)
+        store(tensors, made, shard_size)
+        _write_texts(made, model, config, index, tokenizer)
         made.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(made, target)
     except OSError as error:
@@ -97,7 +105,7 @@ def write_model(
 
 
 def read_model(path: str | os.PathLike[str]) -> nn.Module:
-    """A model that `write_model` wrote: the same tensors bit for bit, on the CPU, in eval mode.
+    """A model that `save` wrote: the same tensors bit for bit, on the CPU, in eval mode.
 
     Nothing is unpickled and no code of the directory runs; every name, shape and dtype is checked before a tensor is
     read.
@@ -107,7 +115,7 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
     """
     index = read_index(path)
     model = build(load_config(path), index)
-    load(model, Path(path) / WEIGHTS, index.shared)
+    load(model, Path(path), index.shared)
     _check_members(model, Path(path))
     empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
@@ -128,6 +136,16 @@ def build(config: Any, index: Index) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = skeleton(model_class(config), config)
+    put_quantized(model, index)
+    return model
+
+
+def put_quantized(model: nn.Module, index: Index) -> None:
+    """Put the modules that an index tells in place, with planes that hold nothing yet, on the meta device.
+
+    Raises:
+        FileError: the model has no such linears or experts, or they cannot hold their schemes.
+    """
     sites = {name: site for site in find_linears(model) for name in site.aliases}
     made: dict[str, nn.Module] = {}
     for name, (scheme, dtype) in index.linears.items():
@@ -148,7 +166,6 @@ def build(config: Any, index: Index) -> nn.Module:
         made |= dict.fromkeys(stacks[name].aliases, _experts(index, name, stacks[name]))
     for name, module in made.items():
         model.set_submodule(name, module)
-    return model
 
 
 def _experts(index: Index, name: str, site: ExpertSite) -> QExperts:
@@ -182,10 +199,7 @@ def _config_of(model: Any) -> Any:
     return config
 
 
-def _write_files(
-    made: Path, model: Any, config: Any, index: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any
-) -> None:
-    store(tensors, made / WEIGHTS)
+def _write_texts(made: Path, model: Any, config: Any, index: Mapping[str, Any], tokenizer: Any) -> None:
     texts = {INDEX: json.dumps(index, indent=2)}
     if getattr(model, "generation_config", None) is not None:
         # Its save_pretrained refuses values that contradict each other, which is no reason to lose the model.

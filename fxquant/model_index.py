@@ -99,16 +99,18 @@ def index_of(model: nn.Module, recipe: str) -> dict[str, Any]:
             f"a {kind} cannot be built again from files: only models whose class is one of transformers' can\n"
             "  its tensors are in model.state_dict()"
         )
+    modules = quantized_modules(model)
+    if not any(modules.values()):
+        raise ModelError(f"nothing in this {kind} is quantized: write it with model.save_pretrained(path)")
+    return {"format": FORMAT, "model": kind, "recipe": recipe, "shared": {}, **modules}
+
+
+def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The parts `linears` and `experts` of an index: schemes and dtype of all that is quantized, by FQN."""
     linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLinear)}
     experts = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QExperts)}
-    if not linears and not experts:
-        raise ModelError(f"nothing in this {kind} is quantized: write it with model.save_pretrained(path)")
     dtypes = {dtype: name for name, dtype in FLOATS.items()}
     return {
-        "format": FORMAT,
-        "model": kind,
-        "recipe": recipe,
-        "shared": {},
         "linears": {name: {"scheme": m.spelling, "dtype": dtypes[m.dtype]} for name, m in linears.items()},
         "experts": {name: {"dtype": dtypes[m.dtype], "schemes": _by_projection(m)} for name, m in experts.items()},
     }

@@ -1,14 +1,18 @@
-"""The tensors of a model as one safetensors file, and back into a model of the same structure."""
+"""The tensors of a model as safetensors files, and back into a model of the same structure."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxquant.checkpoint_files import STORED_DTYPES, read_json
 from fxquant.errors import FileError, ModelError
 from fxquant.expert_modules import QExperts
 from fxquant.modules import QLinear
@@ -20,21 +24,10 @@ FLOATS: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
 }
 """dtypes that the weights of a model can have, by name."""
-_STORED: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""dtypes by the names that safetensors headers use."""
+WEIGHTS = "fxquant.safetensors"
+SHARDS = "fxquant.safetensors.index.json"
+SHARD_SIZE = 5_000_000_000
+_SHARD = re.compile(r"fxquant-\d{5}-of-\d{5}\.safetensors")
 
 
 def collect(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,45 +69,81 @@ def collect(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Tensor], dict
     return tensors, shared
 
 
-def store(tensors: Mapping[str, Tensor], file: str | os.PathLike[str]) -> None:
-    """Write tensors to a new file.
+def store(tensors: Mapping[str, Tensor], folder: Path, shard_size: int = SHARD_SIZE) -> None:
+    """Write tensors as `fxquant.safetensors`, or in shards with an index in which file each tensor is.
+
+    Args:
+        tensors: by name; each with memory of its own.
+        folder: a directory that holds no such files yet.
+        shard_size: bytes; a file is larger only where one tensor is.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the files cannot be written.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    stem = WEIGHTS.removesuffix(".safetensors")
+    parts = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=shard_size
+    )
     try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        for file, names in parts.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
     except SafetensorError as error:  # what a full disk raises
         raise OSError(str(error)) from error
+    if parts.is_sharded:
+        index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+        (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def load(model: nn.Module, file: str | os.PathLike[str], shared: Mapping[str, str]) -> None:
-    """Put the tensors of a file into a model, after a check of all names, shapes and dtypes.
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `store` wrote.
+
+    Raises:
+        FileError: an index that names other files, or files that are not there.
+    """
+    index = folder / SHARDS
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    names = read_json(index).get("weight_map")
+    files = list(names.values()) if isinstance(names, dict) else []
+    strange = [name for name in files if not (isinstance(name, str) and _SHARD.fullmatch(name))]
+    if strange or not files:
+        raise FileError(f"{index} names {strange[0] if strange else 'no files'}, not files as fxquant calls them")
+    return [folder / name for name in sorted(set(files))]
+
+
+def load(model: nn.Module, folder: Path, shared: Mapping[str, str]) -> None:
+    """Put the tensors of a directory into a model, after a check of all names, shapes and dtypes.
 
     Args:
         model: `QLinear`s in place; its tensors may be on the meta device.
-        file: what `store` wrote.
+        folder: where `store` wrote.
         shared: the second names of tensors.
 
     Raises:
-        FileError: the file cannot be read, or does not fit the model; says which tensor.
+        FileError: a file cannot be read, or does not fit the model; says which tensor.
     """
     from safetensors import SafetensorError, safe_open
 
     places = dict(model.named_buffers(remove_duplicate=False)) | model.state_dict(keep_vars=True)
+    loaded: dict[str, Tensor] = {}
     try:
-        with safe_open(file, framework="pt") as stored:
-            names = list(stored.keys())
-            _check_names(file, set(names), model, places, shared)
-            filled = [*names, *shared]
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
+            owners = {name: stored for stored in files for name in stored.keys()}  # noqa: SIM118
+            if len(owners) < sum(len(stored.keys()) for stored in files):
+                raise FileError(f"{folder}: a tensor is in more than one file")
+            _check_names(folder, set(owners), model, places, shared)
+            filled, planes = [*owners, *shared], _planes(model)
             for name in filled:
-                _check_tensor(file, name, stored.get_slice(shared.get(name, name)), places[name], _planes(model))
-            loaded = {name: _like(places[name], stored.get_tensor(name)) for name in names}
+                source = shared.get(name, name)
+                _check_tensor(folder, name, owners[source].get_slice(source), places[name], planes)
+            loaded = {name: _like(places[name], stored.get_tensor(name)) for name, stored in owners.items()}
     except (SafetensorError, OSError) as error:
-        raise FileError(f"cannot read {os.fspath(file)}: {error}") from None
+        raise FileError(f"cannot read the weights in {folder}: {error}") from None
     for name in filled:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -145,7 +174,7 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _check_names(
-    file: str | os.PathLike[str],
+    folder: Path,
     names: set[str],
     model: nn.Module,
     places: Mapping[str, Tensor],
@@ -162,17 +191,16 @@ def _check_names(
         if which
     ]
     if found:
-        raise FileError(f"{os.fspath(file)} " + "\n  and ".join(found))
+        raise FileError(f"{folder} " + "\n  and ".join(found))
 
 
-def _check_tensor(file: str | os.PathLike[str], name: str, header: Any, old: Tensor, planes: set[str]) -> None:
-    shape, dtype = tuple(header.get_shape()), _STORED.get(header.get_dtype())
+def _check_tensor(folder: Path, name: str, header: Any, old: Tensor, planes: set[str]) -> None:
+    shape, dtype = tuple(header.get_shape()), STORED_DTYPES.get(header.get_dtype())
     # Planes are exact. The dtype of other floats is the file's to say: a config has one for all of them.
     both_floats = name not in planes and {dtype, old.dtype} <= set(FLOATS.values())
     if shape != tuple(old.shape) or not (dtype == old.dtype or both_floats):
         raise FileError(
-            f"{os.fspath(file)}: {name} is {header.get_dtype()} {list(shape)}; "
-            f"the model needs {old.dtype} {list(old.shape)}"
+            f"{folder}: {name} is {header.get_dtype()} {list(shape)}; the model needs {old.dtype} {list(old.shape)}"
         )
 
 

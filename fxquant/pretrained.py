@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxquant.checkpoint_files import read_json
 from fxquant.errors import FileError, nearest
 
 _LARGE = 1 << 26
 """Elements from which on a tensor of a skeleton is a weight, however it is made."""
+_LARGEST_BUFFER = 1 << 24
+"""Elements that a tensor has at most that is computed: contexts have up to ten million positions."""
+_MOST_COUNTED = 1 << 16
+_COUNTED = ("layer", "label", "depth")
+"""Parts of names of settings of which transformers makes lists that long while it reads a config."""
+_MODULES_PER_TENSOR, _FEW_MODULES = 16, 4096
+"""Tensors that a model may have for each that the files have, split or not; and those that any may have."""
 
 
 def load_config(source: str | os.PathLike[str]) -> Any:
@@ -28,8 +36,32 @@ def load_config(source: str | os.PathLike[str]) -> Any:
 
     name = os.fspath(source)
     _check_source(name)
+    if Path(name).is_dir():
+        check_counts(read_json(Path(name) / "config.json"), name)
     with as_file_error(f"cannot read the config of {name}"):
-        return transformers.AutoConfig.from_pretrained(name)
+        # without the argument, transformers asks at the terminal whether to run the code
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def check_counts(config: Mapping[str, Any], place: str) -> None:
+    """Refuse a config whose numbers of layers or labels are such that reading it would fill the memory.
+
+    Args:
+        config: what `config.json` holds.
+        place: where it is from, for errors.
+
+    Raises:
+        FileError: it has such a number.
+    """
+    left: list[tuple[str, Any]] = list(config.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, one) for one in value]
+        elif isinstance(value, int) and value > _MOST_COUNTED and any(word in str(key) for word in _COUNTED):
+            raise FileError(f"the config of {place} has {key} {min(value, 1 << 99):.3g}: {_MOST_COUNTED} are the most")
 
 
 def model_class(config: Any) -> type[nn.Module]:
@@ -63,7 +95,7 @@ def load_model(source: str | os.PathLike[str], *, progress: bool = True) -> nn.M
     """
     name = os.fspath(source)
     kind: Any = model_class(load_config(name))
-    with as_file_error(f"cannot load {name}"), contextlib.nullcontext() if progress else _no_progress_bars():
+    with as_file_error(f"cannot load {name}"), contextlib.nullcontext() if progress else no_progress_bars():
         model, info = kind.from_pretrained(name, output_loading_info=True)
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
@@ -86,7 +118,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     name = os.fspath(source)
     _check_source(name)
     with as_file_error(f"cannot load the tokenizer of {name}"):
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def refuse_quantized(source: str | os.PathLike[str], config: Any) -> None:
@@ -104,7 +136,7 @@ def refuse_quantized(source: str | os.PathLike[str], config: Any) -> None:
         )
 
 
-def skeleton(kind: type[nn.Module], config: Any, *, buffers: bool = True) -> nn.Module:
+def skeleton(kind: type[nn.Module], config: Any, *, buffers: bool = True, tensors: int | None = None) -> nn.Module:
     """A model without weights, in eval mode: parameters on the meta device.
 
     Args:
@@ -112,12 +144,15 @@ def skeleton(kind: type[nn.Module], config: Any, *, buffers: bool = True) -> nn.
         config: its config.
         buffers: make the buffers that no file holds (rotary frequencies, say) with their values, so that the model
             works once its weights are loaded; False: everything on the meta device.
+        tensors: how many the files hold: a model that needs far more is given up while it is built. Only with
+            `buffers`.
 
     Raises:
-        FileError: the config describes no model that can be built.
+        FileError: the config describes no model that can be built, or one that is too large for the files.
     """
     build: Any = kind
-    device = _WeightsOnMeta() if buffers else torch.device("meta")
+    most = None if tensors is None else _MODULES_PER_TENSOR * tensors + _FEW_MODULES
+    device = _WeightsOnMeta(most) if buffers else torch.device("meta")
     with as_file_error(f"the config describes no {kind.__name__} that can be built"), device:
         model = build._from_config(config)
     assert isinstance(model, nn.Module)
@@ -127,13 +162,62 @@ def skeleton(kind: type[nn.Module], config: Any, *, buffers: bool = True) -> nn.
 class _WeightsOnMeta(TorchFunctionMode):
     """Factories that modules make weights with give meta tensors; what buffers are computed with stays real."""
 
+    def __init__(self, most: int | None) -> None:
+        super().__init__()
+        self.most, self.made = most, 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         if func in (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn):
+            self._count()
             meta = func(*args, **{**given, "device": "meta"})
             if func is torch.empty or meta.numel() >= _LARGE:
                 return meta
+        elif func in (torch.arange, torch.linspace, torch.eye):
+            _check_computed(func(*args, **{**given, "device": "meta"}))
+        elif _product_of_sizes(args) > _LARGEST_BUFFER:
+            _check_computed(_on_meta(func, args, given))
         return func(*args, **given)
+
+    def _count(self) -> None:
+        self.made += 1
+        if self.most is not None and self.made > self.most:
+            raise FileError(
+                f"the config describes a model of more than {self.most} tensors, and the files hold far fewer\n"
+                "  it belongs to other files, or is damaged"
+            )
+
+
+def _product_of_sizes(args: Any) -> int:
+    """What bounds the elements of any function of these tensors that broadcasts or multiplies."""
+    product = 1
+    for one in args:
+        for tensor in one if isinstance(one, (list, tuple)) else (one,):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                product *= max(1, tensor.numel())
+    return product
+
+
+def _on_meta(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The result without its values; None where it depends on them."""
+
+    def moved(one: Any) -> Any:
+        if isinstance(one, (list, tuple)):
+            return type(one)(map(moved, one))
+        return one.to("meta") if isinstance(one, Tensor) else one
+
+    try:
+        return func(*map(moved, args), **kwargs)
+    except Exception:  # the function itself says what is wrong, if anything is
+        return None
+
+
+def _check_computed(meta: Any) -> None:
+    if isinstance(meta, Tensor) and meta.numel() > _LARGEST_BUFFER:
+        raise FileError(
+            f"the config asks for a table of {meta.numel()} numbers to be computed: no model has one that large\n"
+            "  its sizes contradict each other, or are damaged"
+        )
 
 
 def _check_source(name: str) -> None:
@@ -150,7 +234,8 @@ def _check_source(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from showing bars of its own."""
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -171,5 +256,6 @@ def as_file_error(what: str) -> Iterator[None]:
     except FileError:
         raise
     except Exception as error:  # transformers raises anything from OSError to KeyError for a bad checkpoint
-        text = " ".join(str(error).split()) or "no reason given"
+        # torch puts its own stack behind what it says
+        text = " ".join(str(error).partition("\nException raised from")[0].split()) or "no reason given"
         raise FileError(f"{what}: {type(error).__name__}: {text[:400]}") from error

@@ -26,11 +26,19 @@ def layer_progress(plan: Plan, *, enabled: bool) -> Iterator[Callable[[PlanEntry
 
     Nothing is shown where stderr is neither a terminal nor a notebook.
     """
-    with _bar(DownloadColumn(), TransferSpeedColumn(), enabled=enabled) as bar:
-        task = bar.add_task("quantizing", total=sum(e.bytes_before for e in plan.quantized))
+    total = sum(entry.bytes_before for entry in plan.quantized)
+    with bytes_progress("quantizing", total, enabled=enabled) as advance:
+        yield lambda entry: advance(entry.bytes_before, entry.name)
 
-        def done(entry: PlanEntry) -> None:
-            bar.update(task, advance=entry.bytes_before, description=f"quantizing {entry.name}")
+
+@contextlib.contextmanager
+def bytes_progress(what: str, total: int, *, enabled: bool) -> Iterator[Callable[[int, str], None]]:
+    """A bar over bytes, likewise; yields what to call with the bytes that are done, and the name of their layer."""
+    with _bar(DownloadColumn(), TransferSpeedColumn(), enabled=enabled) as bar:
+        task = bar.add_task(what, total=total)
+
+        def done(nbytes: int, name: str) -> None:
+            bar.update(task, advance=nbytes, description=f"{what} {name}")
 
         yield done
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.errors import FileError, FxquantError
-from fxquant.model_files import WEIGHTS, read_model, write_model
+from fxquant.model_files import WEIGHTS, read_model, save
 from fxquant.model_index import INDEX
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,7 +26,7 @@ from tiny_models import tiny_model
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("written") / "model"
-    write_model(fxquant.quantize(tiny_model("llama"), "int8", progress=False), path)
+    save(fxquant.quantize(tiny_model("llama"), "int8", progress=False), path)
     return path
 
 
@@ -107,7 +107,7 @@ def with_experts(tmp_path: Path) -> Path:
     """Experts of which each layer has two schemes, so that there are members to lie about."""
     recipe = [("*.experts.{0,2}.*", "int4-g32"), ("*", "int8")]
     model = fxquant.quantize(tiny_model("mixtral"), recipe, progress=False)
-    write_model(model, tmp_path / "model")
+    save(model, tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -16,21 +16,21 @@ import fxquant.passes
 
 FLOORS: list[set[str]] = [
     {"errors", "tables", "unchanged", "capture_errors", "graph_layout", "inductor", "demo_data", "expert_forwards"},
-    {"listing", "bits", "expert_layouts"},
+    {"listing", "bits", "expert_layouts", "checkpoint_files"},
     {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
     {"native", "experts", "expert_containers"},
     {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view"},
     {"quantized_matmul", "op_arguments", "plane_stacks"},
     {"expert_matmul"},
     {"ops", "plans", "rule", "histories", "checkpoints", "expert_stacks"},
-    {"modules", "legality", "misfits", "reports", "presets", "progress", "expert_ops"},
+    {"modules", "legality", "misfits", "reports", "presets", "progress", "expert_ops", "families", "gguf"},
     {"rewrite", "linears", "recipe_yaml", "recipe_tables", "sequential_experts", "expert_modules"},
-    {"model_tensors"},
+    {"model_tensors", "transformers_weights", "checkpoint_sources"},
     {"passes", "calibration", "recipe", "graph_capture", "dataflow", "install", "model_index"},
     {"compiler", "unused_rules", "model_report", "model_files", "expert_plans"},
-    {"select", "checkpoint_tables"},
+    {"select", "checkpoint_tables", "loading"},
     {"api"},
-    {"demo"},
+    {"demo", "integrations"},
     {"cli"},
 ]
 ROOT = Path(fxquant.__file__).parent

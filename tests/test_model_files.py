@@ -18,7 +18,7 @@ from torch import nn
 import fxquant
 from fxquant.errors import FileError, ModelError
 from fxquant.expert_modules import QExperts
-from fxquant.model_files import WEIGHTS, check_target, is_model_directory, read_model, write_model
+from fxquant.model_files import WEIGHTS, check_target, is_model_directory, read_model, save
 from fxquant.model_index import INDEX, read_index
 from fxquant.model_report import report
 from fxquant.modules import QLinear
@@ -32,7 +32,7 @@ DATA = Path(__file__).parent / "data"
 
 def write_tiny(kind: str, path: Path, recipe: Any = "int8", dtype: torch.dtype = torch.float32) -> nn.Module:
     model = fxquant.quantize(tiny_model(kind).to(dtype), recipe, progress=False)
-    write_model(model, path)
+    save(model, path)
     return model
 
 
@@ -103,12 +103,35 @@ def test_a_model_comes_back_bit_for_bit(kind: str, recipe: Any, dtype: torch.dty
     assert fxquant.dequantize(read) is read
 
 
+def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
+    model = fxquant.quantize(tiny_model("gpt2"), "int8", progress=False)
+    save(model, tmp_path / "model", shard_size=30_000)
+    shards = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0] == f"fxquant-00001-of-{len(shards):05}.safetensors"
+    assert is_model_directory(tmp_path / "model")
+    assert_same(model, read_model(tmp_path / "model"))
+    (tmp_path / "model" / shards[1]).unlink()
+    with pytest.raises(FileError, match="cannot read the weights"):
+        read_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "model.safetensors", 3, "fxquant-00001-of-00002.bin"])
+def test_an_index_of_shards_names_files_of_its_own_directory(name: object, tmp_path: Path) -> None:
+    model = write_tiny("llama", tmp_path / "model")
+    assert model is not None
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model" / "fxquant.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileError, match=r"names .*not files as fxquant calls them"):
+        read_model(tmp_path / "model")
+
+
 def test_a_model_whose_parts_have_several_dtypes(tmp_path: Path) -> None:
     model = tiny_model("llama").bfloat16()
     model.model.norm.float()
     model.model.layers[0].mlp.float()
     fxquant.quantize(model, "int8", progress=False)
-    write_model(model, tmp_path / "model")
+    save(model, tmp_path / "model")
     assert_same(model, read_model(tmp_path / "model"))
 
 
@@ -132,7 +155,7 @@ def test_a_weight_that_was_tied_and_is_quantized_now_stays_apart(tmp_path: Path)
 def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
     model: Any = fxquant.quantize(load_model(DATA / "code-dense", progress=False), "int4", progress=False)
     model.generation_config.top_k = 7
-    write_model(model, tmp_path / "model", load_tokenizer(DATA / "code-dense"), recipe="int4")
+    save(model, tmp_path / "model", load_tokenizer(DATA / "code-dense"), recipe="int4")
     read: Any = read_model(tmp_path / "model")
     assert load_tokenizer(tmp_path / "model")("def f(x):") == load_tokenizer(DATA / "code-dense")("def f(x):")
     assert read.generation_config.top_k == 7
@@ -145,7 +168,7 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
 
 def test_the_file_has_the_bytes_that_the_report_promises(tmp_path: Path) -> None:
     model = fxquant.quantize(load_model(DATA / "code-dense", progress=False), "int4", progress=False)
-    write_model(model, tmp_path / "model")
+    save(model, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / WEIGHTS)
     planes = sum(t.numel() * t.element_size() for name, t in tensors.items() if name.endswith((".codes", ".scales")))
     assert planes == report(model).bytes_after
@@ -166,7 +189,7 @@ def test_a_view_of_a_large_tensor_is_written_alone(tmp_path: Path) -> None:
     layer = model.model.layers[0].self_attn.q_proj
     both = torch.cat([layer.codes, layer.codes])
     layer.codes = both[: len(layer.codes)]
-    write_model(model, tmp_path / "model")
+    save(model, tmp_path / "model")
     assert_same(model, read_model(tmp_path / "model"))
 
 
@@ -185,7 +208,7 @@ class Custom(nn.Sequential):
 )
 def test_what_cannot_be_written_leaves_nothing(make: Callable[[], nn.Module], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
-        write_model(make(), tmp_path / "model")
+        save(make(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,14 +228,14 @@ class FullDisk:
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     model = fxquant.quantize(tiny_model("llama"), "int8", progress=False)
     with pytest.raises(FileError, match="No space left on device"):
-        write_model(model, tmp_path / "model", FullDisk())
+        save(model, tmp_path / "model", FullDisk())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_replacement_keeps_what_was_there(written: Path) -> None:
     before = {p.name: p.read_bytes() for p in written.iterdir()}
     with pytest.raises(FileError, match="No space left"):
-        write_model(fxquant.quantize(tiny_model("gpt2"), "int8", progress=False), written, FullDisk(), force=True)
+        save(fxquant.quantize(tiny_model("gpt2"), "int8", progress=False), written, FullDisk(), force=True)
     assert {p.name: p.read_bytes() for p in written.iterdir()} == before
     assert list(written.parent.iterdir()) == [written]
 
@@ -220,8 +243,8 @@ def test_a_failed_replacement_keeps_what_was_there(written: Path) -> None:
 def test_force_replaces_a_model_and_nothing_else(written: Path) -> None:
     model = fxquant.quantize(tiny_model("gpt2"), "int8", progress=False)
     with pytest.raises(FileError, match="is not empty"):
-        write_model(model, written)
-    write_model(model, written, force=True)
+        save(model, written)
+    save(model, written, force=True)
     assert_same(model, read_model(written))
     assert list(written.parent.iterdir()) == [written]
     (written / INDEX).unlink()

@@ -180,6 +180,17 @@ def test_experts_table_is_that_of_the_benchmark_with_few_exceptions() -> None:
         assert float(row[5]) <= 1e-5
 
 
+def test_loaded_checkpoints_are_in_their_table() -> None:
+    from load_table import COLUMNS, FOLDER, measure
+
+    lines = (ROOT / "tests/benchmarks/load_table.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) > 30
+    known = {tuple(row[:4]) for row in rows}
+    assert {measure(path.parent)[:4] for path in FOLDER.glob("*/meta.json")} <= known
+
+
 def test_error_example_is_what_is_said() -> None:
     from fxquant import FxquantError, plan
     from fxquant.pretrained import load_model

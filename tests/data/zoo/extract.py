@@ -1,4 +1,4 @@
-"""Cut single linears out of a folder of quantized checkpoints, for the tests of `fxquant.checkpoints`: see README.md.
+"""Cut single linears and the settings out of a folder of quantized checkpoints, for tests: see README.md.
 
 python tests/data/zoo/extract.py <folder of checkpoints> <folder to write to> [--all]
 """
@@ -64,6 +64,22 @@ def main(zoo: Path, out: Path, everything: bool) -> None:
             smallest = min(chosen, key=lambda module: linears[module]["expected"].numel())
             linears = {smallest: linears[smallest]}
         write(zoo / name, linears, out / f"{name}.safetensors")
+    settings = {name: settings_of(zoo / name) for name in sorted(CALLS) if not name.startswith("gguf")}
+    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in settings.items()]
+    (out / "settings.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about its quantization: in its config, in files beside it, in its metadata."""
+    config = json.loads((folder / "config.json").read_text())
+    sides = {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata() or {}
+    return {
+        "config": {key: config[key] for key in ("model_type", "quantization_config") if key in config},
+        "files": {name: side for name, side in sides.items() if name not in ("config.json", "meta.json")},
+        "metadata": metadata,
+    }
 
 
 def write(folder: Path, linears: dict[str, dict[str, torch.Tensor]], path: Path) -> None:

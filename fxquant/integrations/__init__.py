@@ -1,0 +1,1 @@
+"""fxquant inside other libraries; each module imports the library that it is named for."""
