@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.checkpoint_files import read_json
 from fxquant.errors import FileError, ModelError, SchemeError
 from fxquant.expert_modules import QExperts
 from fxquant.model_tensors import FLOATS
@@ -20,7 +20,6 @@ from fxquant.scheme import Scheme
 
 FORMAT = 2
 INDEX = "fxquant.json"
-_INDEX_LIMIT = 64 * 1024 * 1024
 
 
 Schemes = Mapping[tuple[int | None, str], Scheme]
@@ -51,15 +50,9 @@ def read_index(path: str | os.PathLike[str]) -> Index:
         FileError: it is missing, too large, no JSON, or not what a reader of this version understands.
     """
     file = Path(path) / INDEX
-    try:
-        if file.stat().st_size > _INDEX_LIMIT:
-            raise FileError(f"{file} has {file.stat().st_size} bytes: no index is that large")
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{path} is not a model that fxquant wrote: {INDEX}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file} is not valid JSON: {error}") from None
-    return index_from(data, str(file))
+    if not file.is_file():
+        raise FileError(f"{path} is not a model that fxquant wrote: it holds no {INDEX}")
+    return index_from(read_json(file), str(file))
 
 
 def index_from(data: Any, source: str) -> Index:

@@ -55,7 +55,7 @@ def first_linear(path: Path, **changes: Any) -> dict[str, Any]:
         (lambda p: (p / INDEX).write_text("{"), "is not valid JSON"),
         (lambda p: (p / INDEX).write_bytes(b"\xff\xfe"), "is not valid JSON"),
         (lambda p: (p / INDEX).write_text("[" * 100_000), "is not valid JSON"),
-        (lambda p: (p / INDEX).write_text("[]"), "has the format 'list'"),
+        (lambda p: (p / INDEX).write_text("[]"), "holds a list, not an object"),
         (lambda p: (p / INDEX).unlink(), "is not a model that fxquant wrote"),
         (lambda p: change_index(p, format=3), "has the format 3; this version of fxquant reads format 2"),
         (lambda p: change_index(p, linears=[]), "'linears' must be an object, got list"),
@@ -179,7 +179,7 @@ def change_tensor(path: Path, change: Callable[[Tensor], Tensor | None], rename:
 def test_an_index_of_gigabytes_is_not_read(written: Path) -> None:
     with (written / INDEX).open("r+b") as file:
         file.truncate(1 << 30)  # sparse
-    with pytest.raises(FileError, match="no index is that large"):
+    with pytest.raises(FileError, match="no JSON of a checkpoint is that large"):
         read_model(written)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from load_table import weight_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,21 +37,6 @@ def checkpoint(request: pytest.FixtureRequest) -> tuple[Path, dict[str, Any], di
     path: Path = request.param
     meta = json.loads((path / "meta.json").read_text())
     return path, meta, load_file(path / "expected.safetensors"), load(path, dtype=torch.float32, progress=False)
-
-
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """By the name of a linear's weight, of one expert's matrix, or of a parameter that stacked experts had."""
-    owner, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        container, e, projection = owner.rsplit(".", 2)
-        experts: Any = model.get_submodule(container)
-        return experts.weight_of(projection, int(e))
-    if isinstance(module, QExperts):
-        restored: Any = module.restore()
-        return restored.get_parameter(leaf).detach()
-    return getattr(module, leaf)
 
 
 def test_weights_are_those_of_the_reference(checkpoint: Any) -> None:
