@@ -28,6 +28,7 @@ from fxquant.transformers_weights import Names
 _WEIGHTS_PER_BYTE = 16
 """More than any format has: vectors of codes get down to a bit for a weight."""
 
+
 def load(
     path: str | os.PathLike[str],
     *,

@@ -77,7 +77,7 @@ def first_linear(path: Path, **changes: Any) -> dict[str, Any]:
         (lambda p: change_index(p, model="__class__"), "the model class '__class__'"),
         (lambda p: change_index(p, model="AutoModel"), "the model class 'AutoModel'"),
         (lambda p: change_index(p, model="GPT2LMHeadModel"), "describes no GPT2LMHeadModel|cannot be int8"),
-        (lambda p: (p / "config.json").write_text("{"), "cannot read the config"),
+        (lambda p: (p / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda p: (p / "config.json").unlink(), "holds no config.json"),
         (lambda p: change_config(p, num_hidden_layers=1), "the model has no linear of this name"),
         (lambda p: change_config(p, intermediate_size=10**7), "the model needs"),

@@ -30,6 +30,7 @@ FORMATS = (
 _INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
 MIXED = "mixed-precision"
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
+INPUT_STRATEGIES = (*STRATEGIES, "token", "attn_head")
 _COMPRESSED = ("compressed", "frozen")
 _CLASS = re.compile(r"[A-Z]\w*")
 
@@ -116,10 +117,12 @@ def _activation(inputs: Settings) -> Activation | None:
     if not inputs.values or inputs.integer("num_bits", default=8, high=64) != 8 or not inputs.flag("symmetric", True):
         return None
     kind = ELEMENTS[inputs.word("type", known=("int", "float"), default="int")]
-    dynamic = inputs.get("dynamic")
-    if dynamic not in (None, True, False):
+    if inputs.get("dynamic") == "local":
         return None
-    strategy = inputs.text("strategy", default="token" if dynamic else "tensor")
+    dynamic = inputs.flag("dynamic")
+    strategy = inputs.word("strategy", known=INPUT_STRATEGIES, default="token" if dynamic else "tensor")
+    if strategy == "token" and not dynamic:
+        raise inputs.error("dynamic is not true, and the strategy is token: each token would need a stored scale")
     return activation_of(kind, strategy, not dynamic, inputs.group_size(default=-1))
 
 

@@ -45,6 +45,7 @@ def weights(files: CheckpointFiles) -> list[StoredWeight]:
     layers = settings.inners("quantized_layers")
     names = by_glob(layers)
     found = modules(files, SUFFIXES, ("weight_scale",))
+    calibrated = any("input_scale" in pieces for pieces in found.values())
     check_excluded(settings, by_glob(excluded), found)
     result = []
     for module, pieces in found.items():
@@ -54,7 +55,7 @@ def weights(files: CheckpointFiles) -> list[StoredWeight]:
             own = layers.get(names.find(module) or "", Settings("", {}))
             if not own.values:
                 raise settings.error(f"quantized_layers has no entry for {module}, and the files hold it quantized")
-        result.append(_weight(module, pieces, own))
+        result.append(_weight(module, pieces, own, calibrated))
     return result
 
 
@@ -68,7 +69,7 @@ def _settings(files: CheckpointFiles) -> Settings:
     return config.over(side)
 
 
-def _weight(module: str, pieces: Pieces, settings: Settings) -> StoredWeight:
+def _weight(module: str, pieces: Pieces, settings: Settings, calibrated: bool) -> StoredWeight:
     algorithm = settings.word("quant_algo", known=ACTIVATIONS)
     if "NVFP4" in algorithm:
         require(module, pieces, "weight_scale_2")
@@ -76,7 +77,9 @@ def _weight(module: str, pieces: Pieces, settings: Settings) -> StoredWeight:
     scaled = "pre_quant_scale" in pieces
     dynamic = algorithm == "FP8_PER_CHANNEL_PER_TOKEN"
     activation = None
-    if ACTIVATIONS[algorithm] and not scaled and (dynamic or "input_scale" in pieces):
+    if ACTIVATIONS[algorithm] and calibrated and not dynamic:
+        require(module, pieces, "input_scale")
+    if ACTIVATIONS[algorithm] and not scaled and (dynamic or calibrated):
         activation = Activation(ELEMENTS[ACTIVATIONS[algorithm]], static=not dynamic)
     read = functools.partial(
         read_with_activation,

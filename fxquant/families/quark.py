@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 from fxquant.checkpoint_files import CheckpointFiles
 from fxquant.checkpoints import planes_of_quark
@@ -37,15 +36,21 @@ def weights(files: CheckpointFiles) -> list[StoredWeight]:
     general = next((types[name] for name in _LINEAR if name in types), settings.inner("global_quant_config"))
     found, names = modules(files, SUFFIXES, ("weight_scale",)), by_glob(layers)
     check_excluded(settings, by_glob(excluded), found)
+    calibrated = any("input_scale" in pieces for pieces in found.values())
     result = []
     for module, pieces in found.items():
         require(module, pieces, "weight")
         own = layers.get(names.find(module) or "", general)
-        result.append(_weight(module, pieces, own, method))
+        activation = _activation(own.inner("input_tensors"), calibrated)
+        if activation is not None and activation.static:
+            require(module, pieces, "input_scale")
+        result.append(_weight(module, pieces, own, method, activation))
     return result
 
 
-def _weight(module: str, pieces: Pieces, settings: Settings, pack_method: str) -> StoredWeight:
+def _weight(
+    module: str, pieces: Pieces, settings: Settings, pack_method: str, activation: Activation | None
+) -> StoredWeight:
     weight = settings.inner("weight")
     dtype = weight.word("dtype", known=DTYPES)
     if dtype in ("int4", "uint4") or (dtype == "int8" and not weight.flag("symmetric", True)):
@@ -53,7 +58,7 @@ def _weight(module: str, pieces: Pieces, settings: Settings, pack_method: str) -
     read = functools.partial(
         read_with_activation,
         call=planes_of_quark,
-        activation=_activation(settings.inner("input_tensors"), pieces),
+        activation=activation,
         dtype=dtype,
         group_size=weight.group_size(default=-1),
         pack_method=pack_method,
@@ -61,13 +66,13 @@ def _weight(module: str, pieces: Pieces, settings: Settings, pack_method: str) -
     return StoredWeight(module, pieces, read)
 
 
-def _activation(inputs: Settings, pieces: Mapping[str, object]) -> Activation | None:
+def _activation(inputs: Settings, calibrated: bool) -> Activation | None:
     """How inputs are quantized, where a scheme says it."""
     element = ELEMENTS.get(str(inputs.get("dtype")))
     strategy = STRATEGIES.get(str(inputs.get("qscheme")))
     if element is None or strategy is None or not inputs.flag("symmetric", True):
         return None
     static = not inputs.flag("is_dynamic")
-    if static and "input_scale" not in pieces:
+    if static and not calibrated:
         return None
     return activation_of(element, strategy, static, inputs.group_size(default=-1))

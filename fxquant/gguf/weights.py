@@ -175,8 +175,8 @@ def row_order(file: GgufFile, model: GgufModel, tensor: str, n: int) -> Tensor |
         heads = size(file, "attention.head_count")
         if kind == "attn_k" and file.value("attention.head_count_kv") is not None:
             heads = size(file, "attention.head_count_kv")
-        if n % (2 * heads):
-            raise FileError(f"{file.path}: {tensor} has {n} rows, which are no {heads} heads")
+        if n != heads * head_dim(file) or n % (2 * heads):
+            raise FileError(f"{file.path}: {tensor} has {n} rows, not {heads} heads of {head_dim(file)}")
         return torch.arange(n).view(heads, -1, 2).transpose(1, 2).flatten()
     if model.grouped_qkv and kind == "attn_qkv":
         return _grouped(file, tensor, n)

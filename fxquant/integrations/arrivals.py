@@ -83,7 +83,7 @@ class Arrivals:
         self._parameters: dict[str, list[str]] = {}  # by planned weight: the parameters that hold it
         self._linears: dict[str, PlanEntry] = {}
         self._experts: dict[str, _Experts] = {}
-        self._mismatched: set[str] = set()
+        self._mismatched: dict[str, torch.Size] = {}  # shapes that the model has
         self._faults: dict[str, str] = {}
         sites = {name: (site, p) for site in find_experts(model) for name, _, p in site.linears()}
         together: dict[ExpertSite, dict[str, PlanEntry]] = {}
@@ -154,9 +154,10 @@ class Arrivals:
         owner, leaf = self._owner(name)
         empty = owner.get_parameter(leaf)
         if value.shape != empty.shape or value.dtype != empty.dtype:
-            if value.shape != empty.shape:
-                self._mismatched.add(name)
-            return self._refuse(name, f"comes as {value.dtype} {list(value.shape)}")
+            begun = self._refuse(name, f"comes as {value.dtype} {list(value.shape)}")
+            if value.shape != empty.shape and not begun:
+                self._mismatched[name] = empty.shape
+            return begun
         owner._parameters[leaf] = nn.Parameter(value)
         try:
             fault = self._fault(name)
@@ -239,7 +240,7 @@ class Arrivals:
         record = self.record
         rest = [e for e in record.plan.quantized if e.name not in record.errors]
         missing = {*self._linears, *self._experts} if self.missing is None else self.missing
-        gone = missing - self._tied | self._mismatched
+        gone = (missing - self._tied) | self._mismatched.keys()
         new = {e.name for e in rest if gone.issuperset(self._parameters[e.name])}
         late = [e for e in rest if e.name not in new]
         if not record.errors and not late:
@@ -258,6 +259,10 @@ class Arrivals:
         for one in begun:
             for name in one.waiting | (one.others & (self.missing or set())):
                 self._faults.setdefault(name, "is not in the checkpoint, the other weights of these experts are")
+        for name, shape in self._mismatched.items():
+            # transformers refuses it, or makes a new weight; before 5.23 it took what came.
+            if (found := self.model.get_parameter(name).shape) != shape:
+                self._faults.setdefault(name, f"is {list(found)}, the model has {list(shape)}")
         if self._faults:
             listed = [f"{name} {what}" for name, what in sorted(self._faults.items())]
             raise ModelError(

@@ -8,8 +8,8 @@
 
 Each weight is quantized as it is loaded, so the model never exists in full precision. What `save_pretrained` writes is
 read by a plain `from_pretrained` in every process that has imported this module, as `from fxquant import FxQuantConfig`
-does. In any other process it is refused: beside the planes of each module stands an empty tensor under the name of the
-weight, whose shape transformers does not accept; without it, that would be filled with random numbers.
+does. In any other process it is refused: beside the planes of each module stands one byte under the name of the weight,
+a tensor of a shape that transformers does not accept; without it, the weight would be filled with random numbers.
 """
 
 from __future__ import annotations
