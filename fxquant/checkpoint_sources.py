@@ -17,7 +17,7 @@ from fxquant.checkpoints.stored import StoredWeight
 from fxquant.errors import FileError
 from fxquant.families import find_weights
 from fxquant.gguf import GgufTensor, gguf_config, gguf_plain, gguf_weights, open_gguf
-from fxquant.pretrained import as_file_error, check_counts, load_config
+from fxquant.pretrained import as_file_error, check_numbers, load_config
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
 
     file = open_gguf(path)
     described = gguf_config(file)
-    check_counts(described, str(path))
+    check_numbers(described, str(path))
     with as_file_error(f"the metadata of {path} describes no model"):
         config = transformers.AutoConfig.for_model(**described)
     wanted = dtype or config.dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,13 +19,10 @@ from fxquant.experts import ExpertSite, find_experts
 from fxquant.linears import LinearSite, find_linears
 from fxquant.model_files import is_model_directory, read_model
 from fxquant.modules import QLinear
-from fxquant.pretrained import as_file_error, model_class, skeleton
+from fxquant.pretrained import as_file_error, check_size, model_class, skeleton
 from fxquant.progress import bytes_progress
 from fxquant.scheme import Scheme
 from fxquant.transformers_weights import Names
-
-_WEIGHTS_PER_BYTE = 16
-"""More than any format has: vectors of codes get down to a bit for a weight."""
 
 
 def load(
@@ -66,7 +62,7 @@ def load(
 
 def _load(source: CheckpointSource, device: torch.device, progress: bool) -> nn.Module:
     model: Any = skeleton(model_class(source.config), source.config, tensors=len(source.headers))
-    _check_size(source, model)
+    check_size(model, sum(header.nbytes for header in source.headers.values()), str(source.path))
     names, stored = Names(model), source.weights(model)
     places = _places(source, names, stored)
     plain = source.plain(model, {piece.name for weight in stored for piece in weight.pieces.values()})
@@ -88,18 +84,6 @@ def _load(source: CheckpointSource, device: torch.device, progress: bool) -> nn.
     _load_generation_config(model, source.path)
     result: nn.Module = model.to(device).eval()
     return result
-
-
-def _check_size(source: CheckpointSource, model: nn.Module) -> None:
-    """Refuse a model that the files cannot hold, before anything is done for each of its experts."""
-    # zero is no size: a stack of 2^40 empty experts would take no space
-    weights = sum(math.prod(max(1, size) for size in p.shape) for p in model.parameters())
-    nbytes = sum(header.nbytes for header in source.headers.values())
-    if weights > _WEIGHTS_PER_BYTE * nbytes:
-        raise FileError(
-            f"{source.path}: the {type(model).__name__} that its config describes has {weights:.3g} weights, and the "
-            f"files hold {nbytes:.3g} bytes\n  the config belongs to other files, or is damaged"
-        )
 
 
 def _places(source: CheckpointSource, names: Names, stored: Iterable[StoredWeight]) -> dict[str, StoredWeight]:

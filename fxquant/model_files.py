@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxquant.errors import FileError, FxquantError, nearest
@@ -29,9 +30,9 @@ from fxquant.expert_modules import QExperts
 from fxquant.experts import ExpertSite, find_experts
 from fxquant.linears import find_linears
 from fxquant.model_index import FORMAT, INDEX, Index, index_from, index_of, read_index
-from fxquant.model_tensors import SHARD_SIZE, SHARDS, WEIGHTS, collect, load, store
+from fxquant.model_tensors import SHARD_SIZE, SHARDS, WEIGHTS, collect, held, load, store
 from fxquant.modules import QLinear
-from fxquant.pretrained import as_file_error, load_config, model_class, skeleton
+from fxquant.pretrained import as_file_error, check_size, load_config, model_class, skeleton
 from fxquant.scheme import Scheme
 
 
@@ -114,9 +115,9 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
         FileError: the directory is not what it should be; says where.
     """
     index = read_index(path)
-    model = build(load_config(path), index)
+    model = build(load_config(path), index, held(Path(path)))
     load(model, Path(path), index.shared)
-    _check_members(model, Path(path))
+    _check_indices(model, Path(path))
     empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
         raise FileError(f"{path} cannot be read: {', '.join(empty[:3])} of this {index.model} is in no file")
@@ -124,8 +125,13 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def build(config: Any, index: Index) -> nn.Module:
+def build(config: Any, index: Index, files: tuple[int, int] | None = None) -> nn.Module:
     """A model without weights, in eval mode: quantized modules in place, parameters and planes on the meta device.
+
+    Args:
+        config: of transformers.
+        index: what is quantized.
+        files: how many tensors they have, and their bytes: a model that they cannot hold is refused.
 
     Raises:
         FileError: config and index contradict each other, or a linear cannot hold its scheme.
@@ -135,7 +141,9 @@ def build(config: Any, index: Index) -> nn.Module:
     # In memory a model is the same whether quantized here or read: its config says nothing of quantization.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = skeleton(model_class(config), config)
+    model = skeleton(model_class(config), config, tensors=None if files is None else files[0])
+    if files is not None:
+        check_size(model, files[1], index.source)
     put_quantized(model, index)
     return model
 
@@ -184,12 +192,17 @@ def _experts(index: Index, name: str, site: ExpertSite) -> QExperts:
     return new
 
 
-def _check_members(model: nn.Module, path: Path) -> None:
-    """The experts of each stack, which the op takes as an index, are those that the index file tells."""
+def _check_indices(model: nn.Module, path: Path) -> None:
+    """What ops take as indices: the experts of each stack, which the index file tells, and the order of columns."""
     for name, module in model.named_modules():
         problem = module.members_problem() if isinstance(module, QExperts) else None
         if problem:
             raise FileError(f"{path / WEIGHTS}: {name}: {problem}")
+        if isinstance(module, (QLinear, QExperts)):
+            for leaf, plane in module.named_buffers(recurse=False):
+                natural = torch.arange(plane.shape[-1], dtype=plane.dtype) if leaf.endswith("perm") else None
+                if natural is not None and not torch.equal(plane.sort(-1).values, natural.expand_as(plane)):
+                    raise FileError(f"{path / WEIGHTS}: {name}.{leaf} does not name each column once")
 
 
 def _config_of(model: Any) -> Any:

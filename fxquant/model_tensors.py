@@ -115,6 +115,25 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(files))]
 
 
+def held(folder: Path) -> tuple[int, int]:
+    """How many tensors the files of a directory hold, and their bytes.
+
+    Raises:
+        FileError: a file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    count = nbytes = 0
+    try:
+        for file in weight_files(folder):
+            nbytes += file.stat().st_size
+            with safe_open(file, framework="pt") as stored:
+                count += len(stored.keys())
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"cannot read the weights in {folder}: {error}") from None
+    return count, nbytes
+
+
 def load(model: nn.Module, folder: Path, shared: Mapping[str, str]) -> None:
     """Put the tensors of a directory into a model, after a check of all names, shapes and dtypes.
 

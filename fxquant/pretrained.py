@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ _COUNTED = ("layer", "label", "depth")
 _MODULES_PER_TENSOR, _FEW_MODULES = 16, 4096
 """Tensors that a model may have for each that the files have, split or not; and those that any may have."""
 
+_WEIGHTS_PER_BYTE = 16
+"""More than any format has: vectors of codes get down to a bit for a weight."""
+
 
 def load_config(source: str | os.PathLike[str]) -> Any:
     """The config of a checkpoint; runs no code of it.
@@ -37,14 +41,14 @@ def load_config(source: str | os.PathLike[str]) -> Any:
     name = os.fspath(source)
     _check_source(name)
     if Path(name).is_dir():
-        check_counts(read_json(Path(name) / "config.json"), name)
+        check_numbers(read_json(Path(name) / "config.json"), name)
     with as_file_error(f"cannot read the config of {name}"):
         # without the argument, transformers asks at the terminal whether to run the code
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def check_counts(config: Mapping[str, Any], place: str) -> None:
-    """Refuse a config whose numbers of layers or labels are such that reading it would fill the memory.
+def check_numbers(config: Mapping[str, Any], place: str) -> None:
+    """Refuse a config with numbers that no model has: NaN, and so many layers that reading it would fill the memory.
 
     Args:
         config: what `config.json` holds.
@@ -53,13 +57,16 @@ def check_counts(config: Mapping[str, Any], place: str) -> None:
     Raises:
         FileError: it has such a number.
     """
-    left: list[tuple[str, Any]] = list(config.items())
+    # what the quantization says is for its reader to judge
+    left = [(key, value) for key, value in config.items() if key != "quantization_config"]
     while left:
         key, value = left.pop()
         if isinstance(value, dict):
             left += value.items()
         elif isinstance(value, list):
             left += [(key, one) for one in value]
+        elif value != value:
+            raise FileError(f"the config of {place} has {key} NaN: it has to be a number")
         elif isinstance(value, int) and value > _MOST_COUNTED and any(word in str(key) for word in _COUNTED):
             raise FileError(f"the config of {place} has {key} {min(value, 1 << 99):.3g}: {_MOST_COUNTED} are the most")
 
@@ -157,6 +164,26 @@ def skeleton(kind: type[nn.Module], config: Any, *, buffers: bool = True, tensor
         model = build._from_config(config)
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+def check_size(model: nn.Module, nbytes: int, place: str) -> None:
+    """Refuse a model that the files cannot hold, before anything is done for each of its experts.
+
+    Args:
+        model: a skeleton.
+        nbytes: of the tensors in the files.
+        place: where they are, for errors.
+
+    Raises:
+        FileError: the model has far more weights.
+    """
+    # zero is no size: a stack of 2^40 empty experts would take no space
+    weights = sum(math.prod(max(1, size) for size in p.shape) for p in model.parameters())
+    if weights > _WEIGHTS_PER_BYTE * nbytes:
+        raise FileError(
+            f"{place}: the {type(model).__name__} that its config describes has {weights:.3g} weights, and the files "
+            f"hold {nbytes:.3g} bytes\n  the config belongs to other files, or is damaged"
+        )
 
 
 class _WeightsOnMeta(TorchFunctionMode):

@@ -80,7 +80,7 @@ def first_linear(path: Path, **changes: Any) -> dict[str, Any]:
         (lambda p: (p / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda p: (p / "config.json").unlink(), "holds no config.json"),
         (lambda p: change_config(p, num_hidden_layers=1), "the model has no linear of this name"),
-        (lambda p: change_config(p, intermediate_size=10**7), "the model needs"),
+        (lambda p: change_config(p, intermediate_size=10**7), "that its config describes has"),
         (lambda p: (p / WEIGHTS).unlink(), "cannot read"),
         (lambda p: (p / WEIGHTS).write_bytes(b"\xff" * 64), "cannot read"),
         (lambda p: (p / WEIGHTS).write_bytes(b""), "cannot read"),
