@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view"},
     {"quantized_matmul", "op_arguments", "plane_stacks"},
     {"expert_matmul"},
-    {"ops", "plans", "rule", "histories", "checkpoints", "expert_stacks"},
+    {"ops", "plans", "rule", "histories", "checkpoints", "expert_stacks", "checkpoint_contents"},
     {"modules", "legality", "misfits", "reports", "presets", "progress", "expert_ops", "families", "gguf"},
     {"rewrite", "linears", "recipe_yaml", "recipe_tables", "sequential_experts", "expert_modules"},
     {"model_tensors", "transformers_weights", "checkpoint_sources"},
