@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from fxquant.api import plan as plan
     from fxquant.api import quantize as quantize
     from fxquant.api import report as report
+    from fxquant.conversion import convert as convert
     from fxquant.errors import FxquantError as FxquantError
     from fxquant.experts import ExpertsAdapter as ExpertsAdapter
     from fxquant.experts import Projection as Projection
     from fxquant.experts import register_experts as register_experts
+    from fxquant.inspection import inspect as inspect
     from fxquant.integrations.transformers import FxQuantConfig as FxQuantConfig
     from fxquant.loading import load as load
     from fxquant.model_files import save as save
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(("capture", "dequantize", "history", "plan", "quantize", "report"), "api"),
     **dict.fromkeys(("ExpertsAdapter", "Projection", "register_experts"), "experts"),
+    "convert": "conversion",
     "FxQuantConfig": "integrations.transformers",
     "FxquantError": "errors",
+    "inspect": "inspection",
     "load": "loading",
     "save": "model_files",
     "Recipe": "recipe",

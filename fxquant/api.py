@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxquant import graph_capture, model_report
 from fxquant.calibration import check_calibration, input_scales
-from fxquant.errors import CaptureError, ModelError
-from fxquant.expert_modules import QExperts
-from fxquant.experts import find_experts
+from fxquant.errors import ModelError
 from fxquant.install import check_weights, install, record_of, uninstall
-from fxquant.linears import find_linears, find_stacked
-from fxquant.modules import QLinear
 from fxquant.passes import DEFAULT
+from fxquant.planning import check_model, plan_for
 from fxquant.plans import Plan
 from fxquant.progress import layer_progress
-from fxquant.recipe import Recipe
 from fxquant.reports import Report
 from fxquant.rewrite import History, Pass, run_passes
-from fxquant.select import select
 
 
 def quantize(
@@ -60,7 +56,7 @@ def quantize(
         SchemeError: an unknown scheme, or a layer that cannot hold the one asked for.
         RewriteError: a pass failed. Every check runs before the first weight changes.
     """
-    graph, made = _plan(model, recipe, example_inputs, exclude)
+    graph, made = plan_for(model, recipe, example_inputs, exclude)
     check_weights(model, made)
     check_calibration(model, made, calibration)
     modules: dict[str, nn.Module] = {}
@@ -72,6 +68,9 @@ def quantize(
     scales = input_scales(model, made, calibration, progress=progress)
     with layer_progress(made, enabled=progress) as done:
         install(model, made, history, modules, done, scales)
+    plugin = _plugin(model)
+    if plugin is not None:
+        plugin.attach(model)
     return model
 
 
@@ -80,7 +79,7 @@ def plan(model: nn.Module, recipe: Any, *, example_inputs: Any = None, exclude: 
 
     Args and errors are those of `quantize`.
     """
-    return _plan(model, recipe, example_inputs, exclude)[1]
+    return plan_for(model, recipe, example_inputs, exclude)[1]
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -127,53 +126,18 @@ def dequantize(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: when nothing in the model is quantized.
     """
-    _check_model(model)
+    check_model(model)
     if not uninstall(model):
         raise ModelError(f"nothing in this {type(model).__name__} is quantized by fxquant")
+    plugin = _plugin(model)
+    if plugin is not None:
+        plugin.detach(model)
     return model
 
 
-def _plan(
-    model: nn.Module, recipe: Any, example_inputs: Any, exclude: Sequence[str]
-) -> tuple[fx.GraphModule | None, Plan]:
-    _check_model(model)
-    resolved = Recipe.resolve(recipe)
-    if exclude:
-        resolved = resolved.excluding(exclude)
-    _refuse_quantized(model)
-    sites, experts, stacked = find_linears(model), find_experts(model), find_stacked(model)
-    if not sites and not experts:
-        raise ModelError(f"this {type(model).__name__} holds no linear and no experts: there is nothing to quantize")
-    graph, reason = None, ""
-    try:
-        graph = graph_capture.capture(model, example_inputs)
-    except CaptureError as error:
-        reason = str(error)
-    return graph, select(model, resolved, sites, experts, stacked, graph, reason)
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    found = [name for name, m in model.named_modules() if isinstance(m, (QLinear, QExperts))]
-    if found:
-        raise ModelError(
-            f"this {type(model).__name__} is quantized already: {len(found)} modules, {found[0]} first\n"
-            "  quantize the original model, or call fxquant.dequantize(model) first"
-        )
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"a model is needed, a torch.nn.Module; got {type(model).__name__}\n"
-            "  for a checkpoint, load it first: AutoModelForCausalLM.from_pretrained(path)"
-        )
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise ModelError(
-            "this model is compiled: torch.compile(model) has wrapped it\n"
-            "  quantize first, then compile: model = quantize(model, recipe); compiled = torch.compile(model)"
-        )
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ModelError(
-            f"this {type(model).__name__} is or holds a TorchScript module, whose parts cannot be replaced\n"
-            "  quantize the Python module that it was scripted from"
-        )
+def _plugin(model: nn.Module) -> Any:
+    """What tells transformers of a model of its own; None for any other, which need not import it."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    if loaded is None or not isinstance(model, loaded.PreTrainedModel):
+        return None
+    return importlib.import_module("fxquant.integrations.transformers")

@@ -48,7 +48,7 @@ class Fit:
     scheme: Scheme | None
     """The one in which it is written: its own where that is exact; None: in full precision."""
     reason: str = ""
-    """Why it is not its own."""
+    """Why it is not its own, or not to the last bit; empty: what is read back are the same weights."""
 
 
 class Reader(Protocol):
@@ -78,8 +78,11 @@ class Unit:
 class Writer:
     """A format in which checkpoints can be written."""
 
-    fit: Callable[[Matrix], Fit]
-    """Which scheme a matrix gets; asked for every matrix, before anything else."""
+    fit: Callable[[Mapping[str, Matrix]], Mapping[str, Fit]]
+    """Which scheme each matrix gets, by the keys that are given; asked once, of all of them, before anything else.
+
+    All at once, for some formats have settings that hold for all linears of a checkpoint.
+    """
     units: Callable[[Contents], Iterable[Unit]]
     """All tensors of the files, of contents whose matrices have the schemes that `fit` gave.
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,31 @@ class TensorHeader:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int
+    """Where in the file it begins."""
 
     @property
     def nbytes(self) -> int:
         """Its bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is asked for, by `[...]`: what transformers' loader takes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def __getitem__(self, index: object) -> Tensor:
+        """The tensor, or a part of it."""
+        return self.read()[index]  # type: ignore[index]
 
 
 @dataclass
@@ -65,7 +86,6 @@ class CheckpointFiles:
     """Every tensor, by name."""
     metadata: Mapping[str, str]
     """What the files say about themselves, besides."""
-    _open: dict[Path, Any] = field(default_factory=dict)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The object in another JSON file of the directory; None where there is no such file.
@@ -82,32 +102,35 @@ class CheckpointFiles:
         Raises:
             FileError: there is none, or the file cannot be read.
         """
-        from safetensors import SafetensorError
-
         header = self.headers.get(name)
         if header is None:
             raise FileError(f"{self.path} holds no tensor {name}")
+        if index is not None and not (header.shape and 0 <= index < header.shape[0]):
+            raise FileError(f"{name} in {header.file} is {list(header.shape)}, and stacks no tensor {index}")
+        # Not by a map of the file: its pages would count as memory of this process for as long as the file is open.
+        result = torch.empty(header.shape if index is None else header.shape[1:], dtype=header.dtype)
+        data = octets(result)
         try:
-            stored = self._file(header.file)
-            result: Tensor = stored.get_tensor(name) if index is None else stored.get_slice(name)[index]
-        except (SafetensorError, OSError, IndexError) as error:
-            raise FileError(f"cannot read {name} in {header.file}: {error}") from None
+            with header.file.open("rb", buffering=0) as file:
+                file.seek(header.offset + (index or 0) * result.nbytes)
+                while data:
+                    count = file.readinto(data)
+                    if not count:
+                        raise FileError(f"{header.file} has become shorter: it ends within {name}")
+                    data = data[count:]
+        except OSError as error:
+            raise FileError(f"cannot read {name} in {header.file}: {error.strerror or error}") from None
         return result
 
-    def lazy(self, name: str) -> Any:
-        """What transformers' loader takes for a tensor that it reads when it needs it."""
-        return self._file(self.headers[name].file).get_slice(name)
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor of the files, to be read later."""
+        header = self.headers[name]
+        return LazyTensor(header.shape, header.dtype, partial(self.tensor, name))
 
-    def _file(self, path: Path) -> Any:
-        from safetensors import safe_open
 
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self._open.clear()
+def octets(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, as its own memory."""
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointFiles:
@@ -175,7 +198,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_plain_name(name: str) -> bool:
-    return name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
+    # 255 bytes are the longest name that file systems have
+    plain = Path(name).name == name and "\\" not in name and len(name.encode(errors="replace")) <= 255
+    return plain and name.endswith(".safetensors")
 
 
 def read_headers(file: Path, metadata: dict[str, str]) -> Iterator[tuple[str, TensorHeader]]:
@@ -189,11 +214,17 @@ def read_headers(file: Path, metadata: dict[str, str]) -> Iterator[tuple[str, Te
     try:
         with safe_open(file, framework="pt") as stored:
             metadata.update(stored.metadata() or {})
-            for name in stored.keys():  # noqa: SIM118  (not a mapping)
+            found = []
+            for name in stored.offset_keys():
                 part = stored.get_slice(name)
                 dtype = STORED_DTYPES.get(str(part.get_dtype()))
                 if dtype is None:
                     raise FileError(f"{file}: {name} has the dtype {part.get_dtype()}, which torch does not have")
-                yield name, TensorHeader(file, dtype, tuple(part.get_shape()))
+                found.append((name, TensorHeader(file, dtype, tuple(part.get_shape()), 0)))
+        # The format has no holes between tensors and nothing behind them, which safetensors has just checked.
+        offset = file.stat().st_size - sum(header.nbytes for _, header in found)
+        for name, header in found:
+            yield name, replace(header, offset=offset)
+            offset += header.nbytes
     except (SafetensorError, OSError) as error:
         raise FileError(f"cannot read {file}: {error}") from None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.checkpoint_files import TensorHeader, open_checkpoint
+from fxquant.checkpoint_files import LazyTensor, TensorHeader, open_checkpoint
 from fxquant.checkpoints.stored import StoredWeight
 from fxquant.errors import FileError
 from fxquant.families import find_weights
@@ -32,9 +32,8 @@ class CheckpointSource:
     """A tensor by name, or one of those that it stacks along its first dimension."""
     weights: Callable[[nn.Module], list[StoredWeight]]
     """The quantized matrices, for a model without weights."""
-    plain: Callable[[nn.Module, set[str]], dict[str, Any]]
-    """All tensors but those named, to be read by `[...]`, for such a model."""
-    close: Callable[[], None]
+    plain: Callable[[nn.Module, set[str]], dict[str, LazyTensor]]
+    """All tensors but those named, for such a model."""
 
     def nbytes(self, weight: StoredWeight) -> int:
         """Bytes of a quantized matrix in the files."""
@@ -78,7 +77,6 @@ def _directory(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
         tensor=files.tensor,
         weights=lambda _: stored,
         plain=lambda _, claimed: {name: files.lazy(name) for name in sorted(files.headers.keys() - claimed)},
-        close=files.close,
     )
 
 
@@ -103,6 +101,8 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
         headers=file.headers,
         tensor=file.tensor,
         weights=lambda model: gguf_weights(file, shapes(model)),
-        plain=lambda model, _: dict(gguf_plain(file, shapes(model), wanted)),
-        close=lambda: None,
+        plain=lambda model, _: {
+            name: LazyTensor(one.shape, wanted, one.read)
+            for name, one in gguf_plain(file, shapes(model), wanted).items()
+        },
     )

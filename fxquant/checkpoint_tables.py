@@ -1,182 +1,155 @@
-"""What is in a checkpoint, as tables for people: read from the config and from the headers of its safetensors files."""
+"""What is in a checkpoint, and what is wrong with it, as tables for people."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from torch import nn
-
-from fxquant.errors import FileError
-from fxquant.experts import find_experts, find_unread_experts
-from fxquant.linears import find_linears, find_stacked
-from fxquant.model_files import build, is_model_directory
-from fxquant.model_index import read_index
-from fxquant.model_report import report
-from fxquant.plans import merged_name, name_pattern
-from fxquant.pretrained import load_config, model_class, skeleton
+from fxquant.inspection import HeldWeight, Inspection, Problem
+from fxquant.plans import merged_name, name_pattern, without_numbers
 from fxquant.tables import Table, bytes_text
 
-_BITS: Mapping[str, int] = {
-    **dict.fromkeys(("F64", "I64", "U64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    "F4": 4,
-}
-"""Bits of an element by the dtype names of safetensors headers; 8 where not named."""
+_MOST_PROBLEMS = 40
+"""Lines of a table of problems."""
 
 
-class _Weight(NamedTuple):
-    """A matmul weight of the model."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    nbytes: int
-    note: str
-
-
-def checkpoint_tables(source: str, *, full: bool = False) -> list[Table]:
-    """Tables that say what is in a checkpoint; no weights are read.
+def checkpoint_tables(found: Inspection, *, full: bool = False) -> list[Table]:
+    """A heading, the tensors by type, the weights of the model, and what is wrong.
 
     Args:
-        source: directory of a checkpoint, or hub id (then only what follows from the config is known).
-        full: one row per weight.
-
-    Raises:
-        FileError: the checkpoint cannot be read.
+        found: by `fxquant.inspect`.
+        full: one row per weight, and one line per problem; else layers that differ in their numbers alone share one,
+            and vectors do.
     """
-    config = load_config(source)
-    files = _tensor_table(Path(source)) if Path(source).is_dir() else None
-    if is_model_directory(source):
-        model = build(config, read_index(source))
-        return [_summary(source, config, model, _ours(source)), *filter(None, [files]), report(model).table(full=full)]
-    model = skeleton(model_class(config), config, buffers=False)
-    weights = _weights_table(model, full)
-    return [_summary(source, config, model, _quantization(config)), *filter(None, [files]), weights]
+    tables = [_heading(found), _kinds(found), _weights(found, full)]
+    for title, some in (("problems", found.problems), ("remarks", found.remarks)):
+        if some:
+            tables.append(_problems(title, some, full))
+    return [table for table in tables if table.rows]
 
 
-def _summary(source: str, config: Any, model: nn.Module, quantization: str) -> Table:
-    dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in model.parameters())
-    rows = (
-        ("class", type(model).__name__),
-        ("model type", str(config.model_type)),
-        ("dtype", ", ".join(dtypes)),
-        ("quantization", quantization),
-    )
-    return Table(title="checkpoint", columns=("directory", source), rows=rows)
+def _heading(found: Inspection) -> Table:
+    rows = [(name, printable(text)) for name, text in _facts(found) if text]
+    return Table(title="checkpoint", columns=("directory or file", printable(found.path)), rows=tuple(rows))
 
 
-def _ours(source: str) -> str:
-    index = read_index(source)
-    linears = Counter(str(scheme) for scheme, _ in index.linears.values())
-    stacks = Counter(str(scheme) for schemes, _ in index.experts.values() for scheme in set(schemes.values()))
-    counts = ", ".join(
-        f"{count} {what} in {name}"
-        for what, found in (("linears", linears), ("stacks of experts", stacks))
-        for name, count in found.items()
-    )
-    return f"fxquant: {counts}" + (f"; recipe {index.recipe}" if index.recipe else "")
+def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield "format", found.format + (f" ({found.variant})" if found.variant else "")
+    yield "settings", ", ".join(f"{name} {_value(value)}" for name, value in found.settings.items())
+    yield "made by", found.producer
+    yield "model", _model(found)
+    yield "quantized", _quantized(found)
+    yield "not quantized", _rest(found)
+    yield "bits", _bits(found)
+    size = bytes_text(sum(file.nbytes for file in found.files))
+    yield "files", f"{len(found.files)} of {size}" if found.files else "none that can be read"
+    yield "tokenizer", "there is one" if found.tokenizer else "none"
+    seen = "" if found.complete else ", as far as headers tell: numbers were not looked at"
+    yield "problems", (f"{len(found.problems)}, see below" if found.problems else "none found") + seen
 
 
-def _quantization(config: Any) -> str:
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return "none"
-    data = found if isinstance(found, dict) else found.to_dict()
-    plain = {k: v for k, v in data.items() if isinstance(v, (str, int, float)) and k != "quant_method"}
-    details = ", ".join(f"{key}={value}" for key, value in list(plain.items())[:8])
-    return f"{data.get('quant_method', 'unknown method')}" + (f" ({details})" if details else "")
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _tensor_table(folder: Path) -> Table | None:
-    """The tensors of all safetensors files by dtype; None where there are no such files."""
-    totals: dict[str, list[int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        for dtype, shape in _headers(file):
-            count = totals.setdefault(dtype, [0, 0, 0])
-            elements = math.prod(shape)
-            count[0] += 1
-            count[1] += elements
-            count[2] += elements * _BITS.get(dtype, 8) // 8
-    rows = [(dtype, str(n), f"{elements:,}", bytes_text(size)) for dtype, (n, elements, size) in totals.items()]
-    size = bytes_text(sum(file.stat().st_size for file in files))
-    return (
-        Table(
-            title="tensors in the files",
-            columns=("dtype", "tensors", "elements", "bytes"),
-            rows=tuple(rows),
-            right=frozenset({1, 2, 3}),
-            notes=(f"{len(files)} safetensors files, {size}",),
-        )
-        if files
-        else None
-    )
+def _model(found: Inspection) -> str:
+    if not found.model:
+        return f"not known ({found.model_type})" if found.model_type else "not known"
+    return f"{found.model} ({found.model_type}), {found.dtype}, {found.parameters:,} parameters"
 
 
-def _headers(file: Path) -> Iterator[tuple[str, list[int]]]:
-    from safetensors import SafetensorError, safe_open
+def _quantized(found: Inspection) -> str:
+    if not found.model:
+        return ""
+    if not found.schemes:
+        return "nothing"
+    about = "" if found.complete else "about: "
+    if len(found.schemes) == 1:
+        return f"{about}{len(found.quantized)} matrices, all in {next(iter(found.schemes))}"
+    parts = ", ".join(f"{count} in {scheme}" for scheme, count in found.schemes.items())
+    return f"{about}{len(found.quantized)} matrices: {parts}"
 
-    try:
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  (not a mapping)
-                header = stored.get_slice(name)
-                yield str(header.get_dtype()), list(header.get_shape())
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"cannot read {file}: {error}") from None
+
+def _rest(found: Inspection) -> str:
+    rest = [one for one in found.weights if one.scheme is None and one.bits]
+    dtypes = ", ".join(dict.fromkeys(one.dtype for one in rest))
+    size = bytes_text(sum(one.nbytes for one in rest))
+    return f"{len(rest)} tensors in {dtypes}: {size}" if rest and found.model else ""
 
 
-def _weights_table(model: nn.Module, full: bool) -> Table:
-    """Linears and expert stacks of the model, and what can be quantized of them."""
-    groups: dict[Any, list[_Weight]] = {}
-    for weight in _weights(model):
-        key = weight.name if full else (name_pattern(weight.name), *weight[1:])
-        groups.setdefault(key, []).append(weight)
-    rows = [
-        (
-            merged_name([w.name for w in group]),
-            "x".join(map(str, group[0].shape)),
-            group[0].kind,
-            bytes_text(sum(w.nbytes for w in group)),
-            group[0].note,
-        )
-        for group in groups.values()
-    ]
-    weights = sum(math.prod(w.shape) for group in groups.values() for w in group)
-    parameters = sum(p.numel() for p in model.parameters())
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+def _bits(found: Inspection) -> str:
+    weight, parameter = found.bits_per_weight, found.bits_per_parameter
+    parts = [f"{weight:.4g} per quantized weight"] if weight is not None else []
+    parts += [f"{parameter:.4g} per parameter of the model, by all bytes of the tensors"] if parameter else []
+    return ", ".join(parts)
+
+
+def _kinds(found: Inspection) -> Table:
+    rows = [(kind.dtype, str(kind.tensors), f"{kind.elements:,}", bytes_text(kind.nbytes)) for kind in found.kinds]
     return Table(
-        title="matmul weights",
-        columns=("weight", "shape", "kind", "bytes", "note"),
+        title="tensors in the files",
+        columns=("type", "tensors", "elements", "bytes"),
         rows=tuple(rows),
-        right=frozenset({3}),
-        notes=(
-            f"{weights:,} weights of linears and experts; the model has {parameters:,} parameters, {bytes_text(size)}",
-        ),
+        right=frozenset({1, 2, 3}),
     )
 
 
-def _weights(model: nn.Module) -> Iterator[_Weight]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for site in find_linears(model):
-        weight = site.module._parameters.get("weight")
-        nbytes = 0 if weight is None else weight.numel() * weight.element_size()
-        others = [name for name in names.get(id(weight), ()) if name.rpartition(".")[0] not in site.aliases]
-        note = site.obstacle or (f"shared with {', '.join(others)}" if others else "")
-        yield _Weight(site.name, (site.n, site.k), type(site.module).__name__, nbytes, note)
-    sites, unread = find_experts(model), find_unread_experts(model)
-    experts = {
-        f"{name}.{p.parameter}": site.layout.experts
-        for site in sites
-        for name in site.aliases
-        for p in site.layout.projections
-    }
-    for stack in find_stacked(model):
-        kind = f"{experts[stack.name]} experts" if stack.name in experts else "stack"
-        yield _Weight(stack.name, stack.shape, kind, stack.nbytes, unread.get(stack.module_name, ""))
+def _weights(found: Inspection, full: bool) -> Table:
+    groups: dict[Any, list[HeldWeight]] = {}
+    for one in found.weights:
+        groups.setdefault(one.name if full else _key(one), []).append(one)
+    # vectors are the least of it: they come last
+    ordered = sorted(groups.values(), key=lambda group: not full and _is_vector(group[0]))
+    return Table(
+        title="weights of the model" if found.model else "tensors in the files, one by one: no model is known for them",
+        columns=("weight", "shape", "kind", "held as", "bits", "bytes", "note"),
+        rows=tuple(_row(group) for group in ordered),
+        right=frozenset({4, 5}),
+    )
+
+
+def _key(one: HeldWeight) -> Any:
+    if _is_vector(one):
+        return one.dtype
+    return name_pattern(one.name), one.shape, one.kind, one.scheme, one.dtype, without_numbers(one.note)
+
+
+def _is_vector(one: HeldWeight) -> bool:
+    return one.scheme is None and len(one.shape) < 2 and not one.note
+
+
+def _row(group: list[HeldWeight]) -> tuple[str, ...]:
+    first, nbytes = group[0], sum(one.nbytes for one in group)
+    shape, kind = "x".join(map(str, first.shape)), first.kind
+    if len({name_pattern(one.name) for one in group}) > 1:
+        kinds = {one.kind for one in group}
+        name, shape, kind = f"vectors ({len(group)}x)", "", first.kind if len(kinds) == 1 else ""
+    else:
+        name = merged_name([one.name for one in group])
+    held = first.scheme or first.dtype or "-"
+    bits = f"{first.bits:.4g}" if first.bits else "-"
+    return tuple(map(printable, (name, shape, kind, held, bits, bytes_text(nbytes) if nbytes else "-", first.note)))
+
+
+def _problems(title: str, found: Iterable[Problem], full: bool) -> Table:
+    groups: dict[Any, list[Problem]] = {}
+    for one in found:
+        key = one if full else (name_pattern(one.place), without_numbers(one.text))
+        groups.setdefault(key, []).append(one)
+    shown = list(groups.values()) if full else list(groups.values())[:_MOST_PROBLEMS]
+    rows = [
+        (printable(merged_name([one.place for one in group]) or "the checkpoint"), _sentence(group[0].text))
+        for group in shown
+    ]
+    more = len(groups) - len(shown)
+    notes = (f"and {more} more: --full shows them",) if more else ()
+    return Table(title=title, columns=("where", "what"), rows=tuple(rows), notes=notes)
+
+
+def _sentence(text: str) -> str:
+    return printable("; ".join(line.strip() for line in text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """A text of a file that may hold anything, such as codes that a terminal obeys: those are shown, not sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -17,6 +17,7 @@ _HELP = """Quantize PyTorch models by rewriting their graph.
   fxquant recipes                         what a recipe can be
   fxquant plan MODEL -r int4-g64          what becomes of each weight, and why
   fxquant quantize MODEL OUT -r nf4-dq    quantize a checkpoint and write it
+  fxquant convert MODEL OUT --to gptq     write it in another format
   fxquant inspect OUT                     what is in a checkpoint
 
 \b
@@ -109,55 +110,101 @@ def show_plan(model: Model, recipe: RecipeText = "int4", exclude: Excluded = Non
     plan(empty, chosen, exclude=exclude or ()).table(full=full).show(Console())
 
 
+Out = Annotated[
+    str, typer.Argument(metavar="OUT", help="What to write: a directory that is not there, or is empty; a .gguf file.")
+]
+Format = Annotated[
+    str,
+    typer.Option("--to", metavar="FORMAT", help="fxquant, gptq, awq, compressed-tensors, bitsandbytes, gpt-oss, gguf"),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace OUT where fxquant wrote it in its own format, or a file.")
+]
+
+
 @app.command("quantize")
 def quantize_checkpoint(
     model: Model,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write; must not exist, or be empty.")],
+    out: Out,
     recipe: RecipeText = "int4",
     exclude: Excluded = None,
+    to: Format = "fxquant",
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Decode a checkpoint that is quantized already, and quantize it again.")
+    ] = False,
     full: Full = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT where fxquant wrote it.")] = False,
+    force: Force = False,
 ) -> None:
-    """Quantize a checkpoint and write it: safetensors and JSON, which `fxquant.load` reads.
+    """Quantize a checkpoint and write it, tensor by tensor: the model is never built, and needs no room in memory.
+
+    When it is interrupted, the same command goes on where it was. What it writes, [bold]fxquant.load[/bold] reads.
 
     [bold]Example:[/bold]  fxquant quantize ./my-model ./my-model-nf4 -r nf4-dq
     """
-    from fxquant.api import quantize
-    from fxquant.errors import FileError
-    from fxquant.install import record_of
-    from fxquant.model_files import check_target, save
-    from fxquant.model_report import report
-    from fxquant.pretrained import load_config, load_model, load_tokenizer, refuse_quantized
-    from fxquant.recipe import Recipe
+    _convert(model, out, to, full, recipe=recipe, exclude=exclude or (), requantize=requantize, force=force)
 
-    chosen = Recipe.resolve(recipe)
-    check_target(out, force=force)
-    refuse_quantized(model, load_config(model))
-    loaded = load_model(model)
-    try:
-        tokenizer = load_tokenizer(model)
-    except FileError as error:
-        tokenizer = None
-        typer.echo(f"no tokenizer is written: {error}", err=True)
-    quantize(loaded, chosen, exclude=exclude or ())
-    record = record_of(loaded)
-    if record is not None:
+
+@app.command("convert")
+def convert_checkpoint(
+    model: Model, out: Out, to: Format = "fxquant", full: Full = False, force: Force = False
+) -> None:
+    """Write a quantized checkpoint in another format: exactly, where that can hold it, else quantized again.
+
+    [bold]Example:[/bold]  fxquant convert ./my-model-awq ./my-model-gptq --to gptq
+    """
+    _convert(model, out, to, full, force=force)
+
+
+def _convert(model: str, out: str, to: str, full: bool, **options: Any) -> None:
+    from fxquant.conversion import convert
+    from fxquant.install import record_of
+    from fxquant.model_report import report
+    from fxquant.pretrained import local_checkpoint
+
+    done = convert(local_checkpoint(model), out, to, **options)
+    record = None if done.model is None else record_of(done.model)
+    if done.model is None or record is None:
+        done.table(full=full).show(Console())
+    else:
         typer.echo(f"plan: {record.plan.table().notes[0]}")
-    report(loaded).table(full=full).show(Console())
-    save(loaded, out, tokenizer, recipe=recipe, force=force)
+        report(done.model).table(full=full).show(Console())
+        for note in done.notes:
+            typer.echo(note, err=True)
     typer.echo(f"written to {out}")
 
 
 @app.command("inspect")
-def inspect_checkpoint(model: Model, full: Full = False) -> None:
-    """Show what is in a checkpoint: linears, experts, dtypes, bytes, and whether and how it is quantized.
+def inspect_checkpoint(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Directory of a checkpoint in any format, GGUF file, or hub id.")
+    ],
+    full: Full = False,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Read headers, and one matrix of each kind; numbers are not looked at."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what is in a checkpoint, quantized by whatever producer or not at all, and all that is wrong with it.
+
+    Reads every tensor. The exit code is 1 where there are problems, 2 where there is no checkpoint, else 0.
 
     [bold]Example:[/bold]  fxquant inspect ./my-model-int4
     """
-    from fxquant.checkpoint_tables import checkpoint_tables
+    import json
 
-    for table in checkpoint_tables(model, full=full):
-        table.show(Console())
+    from fxquant.checkpoint_tables import checkpoint_tables
+    from fxquant.inspection import inspect
+    from fxquant.pretrained import local_checkpoint
+
+    found = inspect(local_checkpoint(path), fast=fast)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        for table in checkpoint_tables(found, full=full):
+            table.show(Console())
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command("recipes")

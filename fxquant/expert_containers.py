@@ -62,6 +62,10 @@ class ExpertsContainer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} needs `project`")
 
+    def gated(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """What `expert_forwards.by_convention` gives, by a shorter way; None, where there is none for these."""
+        return None
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What `origin` computes, for the arguments that its forward takes.
 

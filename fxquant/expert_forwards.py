@@ -12,7 +12,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def by_convention(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -30,6 +30,9 @@ def by_convention(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     Returns:
         `[T, H]` in the dtype of `hidden_states`.
     """
+    at_once: Tensor | None = experts.gated(hidden_states, top_k_index, top_k_weights)
+    if at_once is not None:
+        return at_once
     outputs = projected(experts, hidden_states, top_k_index)
     absent = (top_k_index < 0) | (top_k_index >= experts.layout.experts)
     if getattr(experts, "has_post_expert_norm", False):
@@ -49,6 +52,27 @@ def down(experts: Any, x: Tensor, ids: Tensor) -> Tensor:
     """The last projection, `[T, k, H]`."""
     result: Tensor = experts.project("down_proj", x, ids)
     return result
+
+
+def gates_with_silu(module: nn.Module, layout: Any) -> bool:
+    """Whether what experts compute is `down(silu(gate) * up)`, weighted and summed, and nothing else.
+
+    By the class's own `_apply_gate` where that is transformers' default, which is known by its name: transformers need
+    not be there.
+    """
+    own = getattr(type(module), "_apply_gate", None)
+    plain = own is None or (own.__module__, own.__name__) == ("transformers.integrations.moe", "_default_apply_gate")
+    gated = all(name in layout for name in ("gate_proj", "up_proj", "down_proj")) and layout.forward is by_convention
+    return plain and gated and not getattr(module, "has_post_expert_norm", False) and is_silu(module)
+
+
+def is_silu(experts: Any) -> bool:
+    """Whether the activation is silu: torch's own, or transformers' class, which is known by its name."""
+    kind = type(getattr(experts, "act_fn", None))
+    return (kind.__module__, kind.__name__) in _SILU
+
+
+_SILU = {("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation")}
 
 
 def activated(experts: Any, gate_up: Tensor) -> Tensor:

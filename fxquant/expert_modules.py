@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from fxquant.codecs import dequantize
 from fxquant.errors import ModelError
 from fxquant.expert_containers import ExpertsContainer
+from fxquant.expert_forwards import gates_with_silu, is_silu
 from fxquant.expert_layouts import ExpertsLayout, Projection, as_stack
 from fxquant.expert_matmul import PLAIN
 from fxquant.expert_ops import ABI
-from fxquant.expert_stacks import Schemes, Stack, joined, stacks_of
+from fxquant.expert_stacks import Schemes, Stack, joined, pair_of, stacks_of
 from fxquant.scheme import Scheme
 
 
@@ -33,6 +34,7 @@ class QExperts(ExpertsContainer):
         stacks: which weights are stored together.
         dtype: dtype of `weight_of`; the computation runs in the dtype of the input.
         trainable: of each parameter that is held otherwise, whether it had a gradient.
+        pair: the stacks of gate and up and of down, if these are all there are, for `fxquant::gated_experts`.
     """
 
     def __init__(self, module: nn.Module, layout: ExpertsLayout, schemes: Schemes) -> None:
@@ -52,6 +54,7 @@ class QExperts(ExpertsContainer):
         self.stacks = stacks
         self.dtype = module.get_parameter(stacks[0].parameter).dtype
         self.trainable = {name: module.get_parameter(name).requires_grad for name in self.stack_shapes}
+        self.pair = pair_of(stacks, layout) if gates_with_silu(module, layout) else None
         for bias in dict.fromkeys(p.bias for p in layout.projections if p.bias):
             self.register_parameter(_flat(bias), module.get_parameter(bias))
         for stack in stacks:
@@ -97,6 +100,20 @@ class QExperts(ExpertsContainer):
             return joint
         rest = joined([single[p.name] for p in parts], parts)
         return rest if joint is None else joint + rest
+
+    def gated(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """As `ExpertsContainer.gated`: the op `fxquant::gated_experts`, on a CPU without a gradient."""
+        # However many tokens there are: a graph must not depend on it.
+        if self.pair is None or torch.is_grad_enabled() or x.device.type != "cpu":
+            return None
+        if x.dim() != 2 or ids.dtype != torch.int64 or not is_silu(self):
+            return None
+        first, second = self.pair
+        planes = [[getattr(self, stack.tensor(name)) for name in stack.planes] for stack in self.pair]
+        result: Tensor = torch.ops.fxquant.gated_experts.default(
+            x, ids, weights, *planes, first.scheme, second.scheme, second.k, self.layout.experts, ABI
+        )
+        return result.to(x.dtype)
 
     def _multiply(self, stack: Stack, x: Tensor, ids: Tensor) -> Tensor:
         name = stack.projections[0].bias
@@ -252,7 +269,7 @@ class QExperts(ExpertsContainer):
     def own_names(self) -> set[str]:
         """Names of attributes, children and buffers that are the container's own."""
         tensors = {name for stack in self.stacks for name in stack.tensors}
-        return super().own_names() | {"stacks", "dtype", "trainable"} | tensors
+        return super().own_names() | {"stacks", "dtype", "trainable", "pair"} | tensors
 
     def extra_repr(self) -> str:
         """How many experts there are and how each kind of matrix is stored, as `print(model)` shows them."""

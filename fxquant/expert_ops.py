@@ -2,19 +2,25 @@
 
 One projection of all experts, for every token and each of its slots. Its gradients are ops too, since which expert a
 row meets is data: `fxquant::experts_input_grad` and `fxquant::experts_weight_grad`.
+
+`fxquant::gated_experts` is a whole layer, for a few tokens: its steps take so little time that what is between counts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant import native
 from fxquant.errors import ModelError
 from fxquant.expert_matmul import PLAIN, ExpertWeights, input_gradient, multiply_experts, weight_gradient
-from fxquant.ops import ABI, with_autocast
+from fxquant.op_registration import define, with_autocast
+from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
 
@@ -122,19 +128,28 @@ def _checked(
 
 
 def _weights(planes: Sequence[Tensor], spelling: str, n: int, k: int, experts: int) -> ExpertWeights:
-    scheme = Scheme.parse(spelling) if spelling != PLAIN else None
-    shapes = {name: spec.shape for name, spec in scheme.planes(n, k).items()} if scheme else {"weight": (n, k)}
-    wanted, found = [(experts, *shape) for shape in shapes.values()], [tuple(p.shape) for p in planes]
-    if found != wanted:
+    scheme, names, wanted = _wanted(spelling, int(n), int(k), int(experts))
+    if [plane.shape for plane in planes] != wanted:
         raise ModelError(
             f"fxquant::experts got planes that are not {spelling or 'weights'} of {experts} experts [N={n}, K={k}], K "
-            f"being the input's last dimension\n  shapes: {found}\n  expected: {wanted} ({', '.join(shapes)})"
+            f"being the input's last dimension\n  shapes: {[tuple(plane.shape) for plane in planes]}\n"
+            f"  expected: {wanted} ({', '.join(names)})"
         )
     if scheme and scheme.activation and scheme.activation.group and k % scheme.activation.group:
         raise ModelError(
             f"an input of K={k} features does not consist of the groups of {scheme.activation} activations"
         )
-    return ExpertWeights(dict(zip(shapes, planes, strict=True)), scheme, n, k, experts)
+    return ExpertWeights(dict(zip(names, planes, strict=True)), scheme, n, k, experts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted(
+    spelling: str, n: int, k: int, experts: int
+) -> tuple[Scheme | None, tuple[str, ...], list[tuple[int, ...]]]:
+    """The scheme, the names of its planes, and their shapes."""
+    scheme = Scheme.parse(spelling) if spelling != PLAIN else None
+    shapes = {name: spec.shape for name, spec in scheme.planes(n, k).items()} if scheme else {"weight": (n, k)}
+    return scheme, tuple(shapes), [(experts, *shape) for shape in shapes.values()]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,9 +184,103 @@ def _bias_gradient(grad: Tensor, ids: Tensor, experts: int) -> Tensor:
 
 experts.register_autograd(_backward, setup_context=_save)
 
-__all__ = ["ABI", "experts", "experts_input_grad", "experts_weight_grad"]
-
 _LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
+
+
+def gated_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    first_scheme: str,
+    second_scheme: str,
+    inner: int,
+    experts: int,
+    abi: int,
+) -> Tensor:
+    """`y[t]`: over the slots j, the sum of `weights[t, j] * (silu(gate) * up) @ second[ids[t, j]].T`.
+
+    `gate` and `up` are the halves of `x[t] @ first[ids[t, j]].T`. A slot whose id is no expert adds nothing. Products
+    are those of `fxquant::experts`, to the same bounds, the sum is in float32 at least, and what is between them is in
+    the dtype of x or, where a CPU runs compiled kernels, in float32. It has no gradient.
+
+    Args:
+        x: `[T, K]`, any floating dtype.
+        ids: int64 `[T, k]`.
+        weights: `[T, k]`, any floating dtype.
+        first: the planes of its scheme for `[2 * inner, K]` weights, in the order of `Scheme.planes`, each
+            `[experts, ...]`.
+        second: those of its scheme for `[K, inner]` weights.
+        first_scheme: a spelling, or `PLAIN`.
+        second_scheme: likewise.
+        inner: features between both products.
+        experts: how many there are.
+        abi: `ABI`.
+
+    Returns:
+        `[T, K]` in the dtype of x.
+
+    Raises:
+        ModelError: when planes, ids or weights are not of the shapes that K, inner and the schemes demand, or when a
+            gradient is wanted.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        raise ModelError(
+            "fxquant::gated_experts has no gradient; run it under torch.no_grad(), or use fxquant::experts"
+        )
+    one, two = _both(x, ids, weights, first, second, first_scheme, second_scheme, inner, experts)
+    if one.scheme is not None and two.scheme is not None:
+        pairs = (one.planes, one.scheme), (two.planes, two.scheme)
+        y = native.gated_experts(x, ids, weights, *pairs, inner, experts)
+        if y is not None:
+            return y
+    gate, up = multiply_experts(x, ids, one, None).chunk(2, -1)
+    outputs = multiply_experts(F.silu(gate) * up, ids, two, None)
+    known = weights.masked_fill((ids < 0) | (ids >= experts), 0)
+    return (outputs * known.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def _both(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    first_scheme: str,
+    second_scheme: str,
+    inner: int,
+    experts: int,
+) -> tuple[ExpertWeights, ExpertWeights]:
+    if x.dim() != 2 or weights.shape != ids.shape:
+        raise ModelError(
+            f"fxquant::gated_experts takes x [T, K], ids [T, k] and weights [T, k]\n"
+            f"  got: x {list(x.shape)}, ids {list(ids.shape)} and weights {list(weights.shape)}"
+        )
+    one = _checked(x, ids, first, [], first_scheme, 2 * inner, experts)
+    return one, _weights(second, second_scheme, x.shape[-1], inner, experts)
+
+
+def _gated_experts_fake(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    first_scheme: str,
+    second_scheme: str,
+    inner: int,
+    experts: int,
+    abi: int,
+) -> Tensor:
+    _both(x, ids, weights, first, second, first_scheme, second_scheme, inner, experts)
+    return x.new_empty(x.shape)
+
+
+define(_LIBRARY, gated_experts, _gated_experts_fake)
+
+__all__ = ["ABI", "experts", "experts_input_grad", "experts_weight_grad", "gated_experts"]
+
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
-    for _name in ("experts", "experts_input_grad", "experts_weight_grad"):
+    for _name in ("experts", "experts_input_grad", "experts_weight_grad", "gated_experts"):
         _LIBRARY.impl(_name, with_autocast(getattr(torch.ops.fxquant, _name)), _key)

@@ -126,3 +126,13 @@ def joined(columns: Sequence[Tensor], parts: Sequence[Projection]) -> Tensor:
     if len(columns) == 1:
         return columns[0]
     return torch.stack(tuple(columns), -1).flatten(-2) if parts[0].interleaved else torch.cat(tuple(columns), -1)
+
+
+def pair_of(stacks: Sequence[Stack], layout: ExpertsLayout) -> tuple[Stack, Stack] | None:
+    """The stack of gate and up, one below the other, and that of down, where these hold all experts, without a bias."""
+    if len(stacks) != 2 or any(p.bias for p in layout.projections) or any(s.scheme == PLAIN for s in stacks):
+        return None
+    first, second = stacks
+    names = [tuple(p.name for p in stack.projections) for stack in stacks]
+    gated = names == [("gate_proj", "up_proj"), ("down_proj",)] and not any(p.interleaved for p in first.projections)
+    return (first, second) if gated and second.n == first.k and 2 * second.k == first.n else None

@@ -30,10 +30,11 @@ from fxquant.expert_modules import QExperts
 from fxquant.experts import ExpertSite, find_experts
 from fxquant.linears import find_linears
 from fxquant.model_index import FORMAT, INDEX, Index, index_from, index_of, read_index
-from fxquant.model_tensors import SHARD_SIZE, SHARDS, WEIGHTS, collect, held, load, store
+from fxquant.model_tensors import SHARDS, WEIGHTS, collect, held, load, store
 from fxquant.modules import QLinear
-from fxquant.pretrained import as_file_error, check_size, load_config, model_class, skeleton
+from fxquant.pretrained import check_size, load_config, load_generation_config, model_class, skeleton
 from fxquant.scheme import Scheme
+from fxquant.tensor_files import SHARD_SIZE
 
 
 def is_model_directory(path: str | os.PathLike[str]) -> bool:
@@ -90,13 +91,13 @@ def save(
     """
     check_target(path, force=force)
     index = index_of(model, recipe)
-    config = _config_of(model)
+    config = config_of(model)
     tensors, index["shared"] = collect(model, build(config, index_from(index, "the model")))
     target = Path(path).absolute()
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         store(tensors, made, shard_size)
-        _write_texts(made, model, config, index, tokenizer)
+        write_texts(made, model, config, index, tokenizer)
         made.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(made, target)
     except OSError as error:
@@ -121,7 +122,9 @@ def read_model(path: str | os.PathLike[str]) -> nn.Module:
     empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
         raise FileError(f"{path} cannot be read: {', '.join(empty[:3])} of this {index.model} is in no file")
-    _load_generation_config(model, Path(path))
+    found = load_generation_config(Path(path))
+    if found is not None:
+        model.generation_config = found
     return model
 
 
@@ -205,14 +208,25 @@ def _check_indices(model: nn.Module, path: Path) -> None:
                     raise FileError(f"{path / WEIGHTS}: {name}.{leaf} does not name each column once")
 
 
-def _config_of(model: Any) -> Any:
+def config_of(model: Any) -> Any:
     """The config to write: the model's own, with the dtype that its weights have now."""
     config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):  # what transformers needs to save it
+        del config.quantization_config
     config.dtype = model.dtype
     return config
 
 
-def _write_texts(made: Path, model: Any, config: Any, index: Mapping[str, Any], tokenizer: Any) -> None:
+def write_texts(made: Path, model: Any, config: Any, index: Mapping[str, Any], tokenizer: Any) -> None:
+    """Put everything but the tensors of a model into a directory.
+
+    Args:
+        made: the directory.
+        model: whose generation config is written, if it has one.
+        config: of transformers.
+        index: the content of `fxquant.json`.
+        tokenizer: its files are written too; None: there is none.
+    """
     texts = {INDEX: json.dumps(index, indent=2)}
     if getattr(model, "generation_config", None) is not None:
         # Its save_pretrained refuses values that contradict each other, which is no reason to lose the model.
@@ -224,14 +238,6 @@ def _write_texts(made: Path, model: Any, config: Any, index: Mapping[str, Any], 
     data |= {"architectures": [index["model"]], "quantization_config": {"quant_method": "fxquant", "format": FORMAT}}
     for name, text in {**texts, "config.json": json.dumps(data, indent=2)}.items():
         (made / name).write_text(text.rstrip() + "\n", encoding="utf-8")
-
-
-def _load_generation_config(model: Any, path: Path) -> None:
-    if (path / "generation_config.json").is_file():
-        with as_file_error(f"cannot read the generation config of {path}"):
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def _move_into_place(made: Path, target: Path) -> None:

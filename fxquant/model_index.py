@@ -100,22 +100,44 @@ def index_of(model: nn.Module, recipe: str) -> dict[str, Any]:
 
 def quantized_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The parts `linears` and `experts` of an index: schemes and dtype of all that is quantized, by FQN."""
-    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLinear)}
-    experts = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QExperts)}
+    linears = {
+        name: (m.scheme, m.dtype) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QLinear)
+    }
+    experts = {
+        name: ({(e, p.name): scheme for e, p, scheme in m.matrices()}, m.dtype)
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, QExperts)
+    }
+    return index_parts(linears, experts)
+
+
+def index_parts(
+    linears: Mapping[str, tuple[Scheme, torch.dtype]],
+    experts: Mapping[str, tuple[Mapping[tuple[int, str], Scheme | None], torch.dtype]],
+) -> dict[str, dict[str, Any]]:
+    """The parts `linears` and `experts` of an index.
+
+    Args:
+        linears: scheme and dtype of each quantized linear, by FQN.
+        experts: of each module of experts the scheme of every matrix, by expert and projection, and the dtype.
+    """
     dtypes = {dtype: name for name, dtype in FLOATS.items()}
     return {
-        "linears": {name: {"scheme": m.spelling, "dtype": dtypes[m.dtype]} for name, m in linears.items()},
-        "experts": {name: {"dtype": dtypes[m.dtype], "schemes": _by_projection(m)} for name, m in experts.items()},
+        "linears": {name: {"scheme": str(scheme), "dtype": dtypes[dtype]} for name, (scheme, dtype) in linears.items()},
+        "experts": {
+            name: {"dtype": dtypes[dtype], "schemes": _by_projection(schemes)}
+            for name, (schemes, dtype) in experts.items()
+        },
     }
 
 
-def _by_projection(module: QExperts) -> dict[str, dict[str, Any]]:
+def _by_projection(schemes: Mapping[tuple[int, str], Scheme | None]) -> dict[str, dict[str, Any]]:
     """Of every projection the schemes, and which experts have each: their numbers, or "all"."""
-    found: dict[str, dict[str, Any]] = {p.name: {} for p in module.layout.projections}
-    for e, projection, scheme in module.matrices():
+    found: dict[str, dict[str, Any]] = {projection: {} for _, projection in schemes}
+    for (e, projection), scheme in schemes.items():
         if scheme is not None:
-            found[projection.name].setdefault(str(scheme), []).append(e)
-    count = module.layout.experts
+            found[projection].setdefault(str(scheme), []).append(e)
+    count = len({e for e, _ in schemes})
     return {name: {k: "all" if len(v) == count else v for k, v in by.items()} for name, by in found.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from fxquant.checkpoint_files import STORED_DTYPES, read_json
 from fxquant.errors import FileError, ModelError
 from fxquant.expert_modules import QExperts
 from fxquant.modules import QLinear
+from fxquant.scheme import PlaneSpec
+from fxquant.tensor_files import SHARD_SIZE, create_files, plan_safetensors, write_tensor
 
 FLOATS: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -26,7 +27,6 @@ FLOATS: Mapping[str, torch.dtype] = {
 """dtypes that the weights of a model can have, by name."""
 WEIGHTS = "fxquant.safetensors"
 SHARDS = "fxquant.safetensors.index.json"
-SHARD_SIZE = 5_000_000_000
 _SHARD = re.compile(r"fxquant-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -78,24 +78,14 @@ def store(tensors: Mapping[str, Tensor], folder: Path, shard_size: int = SHARD_S
         shard_size: bytes; a file is larger only where one tensor is.
 
     Raises:
+        FileError: there is no room for them.
         OSError: the files cannot be written.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    stem = WEIGHTS.removesuffix(".safetensors")
-    parts = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=shard_size
-    )
-    try:
-        for file, names in parts.filename_to_tensors.items():
-            save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what a full disk raises
-        raise OSError(str(error)) from error
-    if parts.is_sharded:
-        index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
-        (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    specs = {name: PlaneSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    plan = plan_safetensors(specs, WEIGHTS.removesuffix(".safetensors"), shard_size)
+    create_files(plan, folder)
+    for name, tensor in tensors.items():
+        write_tensor(plan, folder, name, tensor)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -24,15 +25,22 @@ def planes_by_weight(planes: Sequence[Tensor], rows: Sequence[int], spelling: st
         _check_group(scheme.activation, k)
     per_weight = len(planes) // max(len(rows), 1)
     for i, n in enumerate(rows):
-        own, specs = planes[i * per_weight : (i + 1) * per_weight], scheme.planes(n, k)
-        shapes, wanted = [tuple(p.shape) for p in own], [spec.shape for spec in specs.values()]
-        if shapes != wanted:
+        own, (names, wanted) = planes[i * per_weight : (i + 1) * per_weight], _wanted(spelling, int(n), int(k))
+        if [plane.shape for plane in own] != wanted:
             raise ModelError(
                 f"fxquant::linear got planes that are not {spelling} of an [N={n}, K={k}] weight, K being the input's "
-                f"last dimension\n  shapes: {shapes}\n  expected: {wanted} ({', '.join(specs)})"
+                f"last dimension\n  shapes: {[tuple(plane.shape) for plane in own]}\n"
+                f"  expected: {wanted} ({', '.join(names)})"
             )
-        parts.append(dict(zip(specs, own, strict=True)))
+        parts.append(dict(zip(names, own, strict=True)))
     return parts
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted(spelling: str, n: int, k: int) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+    """Names and shapes of the planes of one weight."""
+    specs = Scheme.parse(spelling).planes(n, k)
+    return tuple(specs), [spec.shape for spec in specs.values()]
 
 
 def checked_activation(spelling: str, k: int, input_scale: Tensor | None) -> Activation:

@@ -13,7 +13,7 @@ one input; its result is theirs side by side. Each sibling keeps its own planes,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fxquant.activation_codecs import CODE_DTYPES
 from fxquant.activation_codecs import quantize_activation as encode_activation
 from fxquant.codecs import dequantize as decode
 from fxquant.op_arguments import check_codes, checked_activation, planes_by_weight, scales_shape
+from fxquant.op_registration import define, with_autocast
 from fxquant.quantized_matmul import multiply
 from fxquant.scheme import Scheme
 
@@ -35,12 +36,14 @@ Inductor's cache does not know the source of our kernels: raise this when a kern
 """
 
 
+_LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
+
+
 def _bias(biases: Sequence[Tensor], i: int, dtype: torch.dtype) -> Tensor | None:
     # An empty tensor stands for "no bias" beside siblings that have one: lists of optional tensors have no autograd.
     return biases[i].to(dtype) if biases and biases[i].numel() else None
 
 
-@torch.library.custom_op("fxquant::linear", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def linear(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor:
@@ -113,12 +116,14 @@ def _on_codes(
     return _side_by_side(outputs)
 
 
-@linear.register_fake
-def _(
+def _linear_fake(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor:
     planes_by_weight(planes, rows, scheme, x.shape[-1])
     return x.new_empty(*x.shape[:-1], sum(rows))
+
+
+define(_LIBRARY, linear, _linear_fake)
 
 
 def _save(ctx: Any, x: Tensor, planes: Any, biases: Any, scheme: str, rows: Sequence[int], abi: int) -> None:
@@ -152,7 +157,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*_gradients(ctx, grad), None, None, None)
 
 
-linear.register_autograd(_linear_backward, setup_context=_save_linear)
+torch.library.register_autograd("fxquant::linear", _linear_backward, setup_context=_save_linear, lib=_LIBRARY)
 
 
 @torch.library.custom_op("fxquant::quantize_activation", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -269,20 +274,6 @@ def _(planes: Sequence[Tensor], scheme: str, n: int, k: int, dtype: torch.dtype,
     return planes[0].new_empty(n, k, dtype=dtype)
 
 
-def with_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Under autocast only x takes the lower dtype: the library's own rule would round scales and codes as well."""
-
-    def call(x: Tensor, *rest: Any) -> Any:
-        device = x.device.type
-        with torch.autocast(device, enabled=False):
-            if x.is_floating_point() and x.dtype != torch.float64:
-                x = x.to(torch.get_autocast_dtype(device))
-            return op(x, *rest)
-
-    return call
-
-
-_LIBRARY = torch.library.Library("fxquant", "FRAGMENT")
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
     for _name in ("linear", "quantize_activation", "linear_on_codes"):
         _LIBRARY.impl(_name, with_autocast(getattr(torch.ops.fxquant, _name)), _key)

@@ -26,6 +26,8 @@ _COUNTED = ("layer", "label", "depth")
 _MODULES_PER_TENSOR, _FEW_MODULES = 16, 4096
 """Tensors that a model may have for each that the files have, split or not; and those that any may have."""
 
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "spiece*", "*bpe*", "tekken.json")
+"""Files that any tokenizer of transformers has one of."""
 _WEIGHTS_PER_BYTE = 16
 """More than any format has: vectors of codes get down to a bit for a weight."""
 
@@ -124,8 +126,46 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
     name = os.fspath(source)
     _check_source(name)
+    # of nothing but the kind of the model, transformers makes an empty tokenizer
+    if Path(name).is_dir() and not any(file for pattern in _TOKENIZERS for file in Path(name).glob(pattern)):
+        raise FileError(f"{name} holds no tokenizer")
     with as_file_error(f"cannot load the tokenizer of {name}"):
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def load_generation_config(folder: Path) -> Any:
+    """The generation config in a directory; None where there is none.
+
+    Raises:
+        FileError: transformers cannot read it.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    from transformers import GenerationConfig
+
+    with as_file_error(f"cannot read the generation config in {folder}"):
+        return GenerationConfig.from_pretrained(folder)
+
+
+def local_checkpoint(source: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint is on this machine; one that is given by its hub id is downloaded to the hub's cache.
+
+    Args:
+        source: directory of a checkpoint, GGUF file, or hub id.
+
+    Raises:
+        FileError: there is no such thing.
+    """
+    name = os.fspath(source)
+    if Path(name).exists():
+        return Path(name)
+    _check_source(name)
+    from huggingface_hub import snapshot_download
+
+    with as_file_error(f"there is no directory {name}, and no such model on the hub"):
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *_TOKENIZERS, "*.txt", "*.jinja"])
+        )
 
 
 def refuse_quantized(source: str | os.PathLike[str], config: Any) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant.errors import FileError
 from fxquant.expert_layouts import expert_name
@@ -67,13 +67,18 @@ class Names:
         Args:
             name: as the checkpoint has it, without `.weight`.
         """
-        for own in (name, self._renamed(f"{name}.weight")[0].removesuffix(".weight")):
+        for own in (name, self.renamed(f"{name}.weight")[0].removesuffix(".weight")):
             found = self._linears.get(own) or self._experts.get(own)
             if found:
                 return found
         return self._stacked(name)
 
-    def _renamed(self, key: str) -> tuple[str, str | None]:
+    def renamed(self, key: str) -> tuple[str, str | None]:
+        """What the model calls a tensor, and the pattern by which transformers converts it with others, if it does.
+
+        Args:
+            key: as the checkpoint has it. One that becomes several tensors has the name of the first.
+        """
         from transformers.core_model_loading import rename_source_key
 
         result: tuple[str, str | None] = rename_source_key(
@@ -83,7 +88,7 @@ class Names:
 
     def _stacked(self, name: str) -> str | None:
         """A matrix that transformers would stack with others of its kind: `...block_sparse_moe.experts.5.w1`."""
-        key, source = self._renamed(f"{name}.weight")
+        key, source = self.renamed(f"{name}.weight")
         if source is None:
             return None
         owner, _, parameter = key.rpartition(".")
@@ -116,7 +121,10 @@ class Names:
 
         renamings, converters = self._transforms
         config = LoadStateDictConfig(
-            dtype=self.model.dtype, weight_mapping=[*renamings, *converters], device_map={"": device}
+            dtype=self.model.dtype,
+            weight_mapping=[*renamings, *converters],
+            device_map={"": device},
+            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
         )
         with as_file_error("the tensors cannot be loaded"), torch.no_grad(), no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
@@ -127,6 +135,30 @@ class Names:
         # A norm that is missing is no empty tensor: the skeleton has made it, of ones.
         tied = set(getattr(self.model, "all_tied_weights_keys", {}))
         return set(info.missing_keys) - tied - _planes(self.model), set(info.unexpected_keys)
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What tensors become that transformers converts together; the model stays as it is.
+
+        Args:
+            tensors: all that belong together, by their names in the checkpoint; on the meta device or any other.
+
+        Returns:
+            Tensors of the model, by name, on the same device.
+
+        Raises:
+            FileError: they have other shapes than the model's, or cannot be converted.
+        """
+        self.model.tie_weights()
+        before = dict(self.model.state_dict(keep_vars=True))
+        try:
+            self.load(tensors, next(iter(tensors.values())).device)
+            after = self.model.state_dict(keep_vars=True)
+            return {name: tensor.detach() for name, tensor in after.items() if tensor is not before[name]}
+        finally:
+            for name, tensor in before.items():
+                owner, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(owner)
+                (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
 def _fault(info: Any) -> str:

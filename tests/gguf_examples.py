@@ -79,12 +79,12 @@ _NAMES = {
 }
 
 
-def build(name: str) -> Any:
-    """A random model of transformers, in float32."""
+def build(name: str, **settings: Any) -> Any:
+    """A random model of transformers, in float32, with some settings of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _, model_type, sizes = MODELS[name]
-    config = AutoConfig.for_model(model_type, **sizes)
+    config = AutoConfig.for_model(model_type, **{**sizes, **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import tiny_model
 
 DENSE = str(Path(__file__).parent / "data" / "code-dense")
+MOE = str(Path(__file__).parent / "data" / "code-moe")
 COMMAND = [sys.executable, "-c", "from fxquant.cli import main; main()"]
 
 
@@ -58,7 +59,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 def test_help_is_enough_to_start() -> None:
     text = run("--help").stdout
-    for command in ("plan", "quantize", "inspect", "recipes", "demo"):
+    for command in ("plan", "quantize", "convert", "inspect", "recipes", "demo"):
         assert f"fxquant {command}" in text  # the examples
         assert re.search(rf"│ {command} +\S", text)  # the list of commands
         own = run(command, "--help")
@@ -108,43 +109,44 @@ def test_inspect_a_quantized_model(quantized: tuple[Path, Result]) -> None:
     out, _ = quantized
     result = run("inspect", out)
     assert result.exit_code == 0, result.output
-    assert "fxquant: 24 linears in int4-g64; recipe int4-g64" in result.stdout
-    scheme = Scheme.parse("int4-g64")
-    planes = 4 * sum(
-        scheme.nbytes(n, k) for n, k in ((256, 256), (128, 256), (128, 256), (768, 256), (768, 256), (256, 768))
-    )
-    assert f"{planes / 1e6:.3g} MB" in cells(result.stdout, "quantized weights:")[0]
+    assert cells(result.stdout, "format") == ["format", "fxquant (version 2)"]
+    assert cells(result.stdout, "settings") == ["settings", "recipe int4-g64"]
+    assert cells(result.stdout, "quantized") == ["quantized", "24 matrices, all in int4-g64"]
+    assert cells(result.stdout, "bits")[1].startswith("4.25 per quantized weight")
+    planes = 4 * Scheme.parse("int4-g64").nbytes(768, 256)
+    row = cells(result.stdout, "model.layers.{0..3}.mlp.up_proj (4x)")
+    assert row[1:] == ["768x256", "Linear", "int4-g64", "4.25", f"{planes / 1e3:.3g} kB"]
     elements = sum(t.numel() for t in read_model(out).state_dict().values() if t.dtype == torch.uint8)
-    assert cells(result.stdout, "U8")[2] == f"{elements:,}"
-    assert "model.layers.0.self_attn.o_proj" in result.stdout
+    assert cells(result.stdout, "uint8")[2] == f"{elements:,}"
+    assert cells(result.stdout, "model.layers.{0..3}.self_attn.o_proj (4x)")[3] == "bfloat16"
 
 
 def test_inspect_a_model_in_full_precision() -> None:
     result = run("inspect", DENSE)
     assert result.exit_code == 0, result.output
-    assert cells(result.stdout, "class") == ["class", "LlamaForCausalLM"]
-    assert cells(result.stdout, "quantization") == ["quantization", "none"]
-    assert cells(result.stdout, "BF16") == ["BF16", "39", "4,196,608", "8.39 MB"]
-    assert cells(result.stdout, "model.layers.{0..3}.mlp.down_proj (4x)")[1:4] == ["256x768", "Linear", "1.57 MB"]
-    assert "3,670,016 weights of linears and experts" in result.stdout
+    assert cells(result.stdout, "model  ")[1] == "LlamaForCausalLM (llama), bfloat16, 4,196,608 parameters"
+    assert cells(result.stdout, "quantized") == ["quantized", "nothing"]
+    assert cells(result.stdout, "bfloat16") == ["bfloat16", "39", "4,196,608", "8.39 MB"]
+    row = cells(result.stdout, "model.layers.{0..3}.mlp.down_proj (4x)")
+    assert row[1:] == ["256x768", "Linear", "bfloat16", "16", "1.57 MB"]
     full = run("inspect", DENSE, "--full").stdout
-    assert cells(full, "model.layers.2.mlp.down_proj")[3] == "393 kB"
+    assert cells(full, "model.layers.2.mlp.down_proj")[5] == "393 kB"
 
 
-def test_inspect_names_other_formats_shared_weights_and_experts(tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    model.config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    model.config.save_pretrained(tmp_path / "gptq")
-    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
-    config["architectures"] = ["GPT2LMHeadModel"]
-    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
-    result = run("inspect", tmp_path / "gptq")
-    assert cells(result.stdout, "quantization") == ["quantization", "gptq (bits=4, group_size=128)"]
-    assert "shared with transformer.wte.weight" in result.stdout
-    assert "Conv1D" in result.stdout
-    tiny_model("mixtral").save_pretrained(tmp_path / "mixtral")
-    result = run("inspect", tmp_path / "mixtral")
-    assert cells(result.stdout, "model.layers.{0..1}.mlp.experts.down_proj (2x)")[2] == "4 experts"
+def test_inspect_of_files_with_problems_and_as_json(tmp_path: Path) -> None:
+    shutil.copy(f"{DENSE}/config.json", tmp_path)  # the config is all that there is
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 1
+    assert cells(result.stdout, "problems  ")[1] == "1, see below"
+    assert "holds no safetensors files" in result.stdout
+    assert cells(result.stdout, "model.layers.{0..3}.mlp.down_proj (4x)")[1:3] == ["256x768", "Linear"]
+    result = run("inspect", tmp_path, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == json.loads(json.dumps(fxquant.inspect(tmp_path).to_dict()))
+    result = run("inspect", DENSE, "--json", "--fast")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["parameters"] == 4_196_608
+    assert "1 where there are problems" in " ".join(run("inspect", "--help").stdout.split())
 
 
 def test_recipes_lists_presets_and_schemes_with_their_bits() -> None:
@@ -174,8 +176,11 @@ ERRORS = [
     (("inspect", f"{DENSE}/config.json"), "is a file\n  give the directory of a transformers checkpoint"),
     (("quantize", DENSE, "OUT", "-r", "nonsense"), "RecipeError: no preset and no scheme is called 'nonsense'"),
     (("quantize", DENSE, "OUT/deep/er"), "FileError: cannot write OUT/deep/er: there is no directory"),
-    (("quantize", DENSE, DENSE), "is not empty\n  give another path, or --force"),
-    (("quantize", DENSE, DENSE, "--force"), "holds something else than a model that fxquant wrote: it is not replaced"),
+    (("quantize", DENSE, DENSE), "is what is to be read: give another place to write to"),
+    (("quantize", DENSE, MOE), "is not empty\n  give another path, or --force"),
+    (("quantize", DENSE, MOE, "--force"), "holds something else than a model that fxquant wrote: it is not replaced"),
+    (("quantize", DENSE, "OUT", "--to", "ggfu"), "FileError: there is no format 'ggfu' to write; did you mean gguf?"),
+    (("convert", DENSE, "OUT"), "is not quantized\n  give a recipe to quantize it by, such as int4"),
     (("quantize", "./no-such-model", "OUT"), "FileError: there is no directory ./no-such-model"),
     (("demo", "--model", "./no-such-model"), "FileError: there is no directory ./no-such-model"),
     (("demo", "--text", "missing.txt"), "FileError: cannot read missing.txt: No such file or directory"),
@@ -205,8 +210,23 @@ def test_a_quantized_checkpoint_is_not_quantized_again(quantized: tuple[Path, Re
     for command in (("plan", out), ("quantize", out, tmp_path / "again")):
         result = run(*command)
         assert result.exit_code == 2
-        assert "is quantized already (fxquant)" in result.stderr
+        assert "is quantized already" in result.stderr
     assert list(tmp_path.iterdir()) == []
+    assert run("quantize", out, tmp_path / "again", "-r", "int8", "--requantize").exit_code == 0
+
+
+def test_convert_says_what_became_of_each_matrix(quantized: tuple[Path, Result], tmp_path: Path) -> None:
+    out, _ = quantized
+    result = run("convert", out, tmp_path / "gptq", "--to", "gptq")
+    assert result.exit_code == 0, result.output
+    row = cells(result.stdout, "model.layers.{0..3}.mlp.up_proj (4x)")
+    assert row[1:4] == ["768x256", "int4-g64", "int4-g64-fp16"]
+    assert row[4] == "exact"
+    assert "fp16 scales" in row[5]
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["bits"] == 4
+    result = run("convert", out, tmp_path / "model.gguf", "--to", "gguf")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_force_replaces_what_fxquant_wrote(tiny: Path, tmp_path: Path) -> None:
@@ -218,7 +238,7 @@ def test_force_replaces_what_fxquant_wrote(tiny: Path, tmp_path: Path) -> None:
     assert "is not empty" in again.stderr
     forced = run("quantize", tiny, tmp_path / "out", "-r", "fp8", "--force")
     assert forced.exit_code == 0, forced.output
-    assert "in fp8" in run("inspect", tmp_path / "out").stdout
+    assert "all in fp8" in run("inspect", tmp_path / "out").stdout
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -256,7 +256,7 @@ def test_without_a_graph_the_same_experts_come_out(monkeypatch: pytest.MonkeyPat
         raise CaptureError("not today")
 
     want = quantize(tiny_model("mixtral"), "int8", **INPUTS)
-    monkeypatch.setattr(fxquant.api.graph_capture, "capture", refuse)
+    monkeypatch.setattr(fxquant.planning.graph_capture, "capture", refuse)
     got = quantize(tiny_model("mixtral"), "int8", **INPUTS)
     assert torch.equal(logits(got), logits(want))
 

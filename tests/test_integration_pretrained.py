@@ -80,6 +80,25 @@ assert not [name for name in sys.modules if name.startswith("fxquant")]
 """
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "gpt_oss", "dbrx", "gemma2"])
+def test_what_was_quantized_in_memory_is_saved(kind: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """As what `from_pretrained` quantized; and what `load` read, and not what is dequantized again."""
+    model: Any = AutoModelForCausalLM.from_pretrained(sources(kind))
+    fxquant.quantize(model, "int8", progress=False)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert_same(model, again)
+    assert_same(load(sources(kind), "int8"), again)
+    fxquant.save(model, tmp_path / "own")
+    read: Any = fxquant.load(tmp_path / "own")
+    read.save_pretrained(tmp_path / "read")
+    assert_same(load(tmp_path / "read"), again)
+    fxquant.dequantize(model)
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "full")
+    assert_same(model, load(tmp_path / "full"))
+
+
 def test_without_fxquant_nothing_is_loaded(sources: Callable[[str], Path], tmp_path: Path) -> None:
     """transformers itself would warn, and fill the weights that it does not find with random numbers."""
     kinds = ["gpt2", "mixtral", "dbrx"]

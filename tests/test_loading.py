@@ -191,7 +191,7 @@ def test_shards_and_their_index(copied: Path) -> None:
     index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
     model, whole = load(copied, progress=False), load(FOLDER / "moe_qwen3_ct_w4a16_g64", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
-    for bad in ("../b.safetensors", "/etc/passwd", "c.safetensors", 7):
+    for bad in ("../b.safetensors", "/etc/passwd", "c.safetensors", "c" * 300 + ".safetensors", 7):
         index.write_text(json.dumps({"weight_map": {"x": bad}}))
         with pytest.raises(FileError, match=r"files of its own directory|lacks 1 of its 1 files"):
             load(copied, progress=False)

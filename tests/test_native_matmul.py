@@ -21,6 +21,7 @@ from fxquant.scheme import Scheme
 
 # By element, zero, block and scale; K is a multiple of the number.
 COVERED = {
+    "int4-g256": 256, "nf4-g384-fp16": 384,
     "int4-g128": 128, "int4-g16": 16, "int4-g48-fp16": 48, "int4-row": 1, "int4-tensor": 1, "int4-b8x32": 16,
     "int4-g64-asym": 64, "uint4-g32": 32, "uint4-g64-fzero-fp16": 64, "uint4-g32-bias": 32, "int4-g32-e8m0": 32,
     "int4-flat64": 64, "uint4-flat64": 128, "int4-g64-perm": 64, "int4-g64-colscale": 64, "int3-g32": 32,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from fxquant.checkpoints.integer_parts import integer_obstacles, of_fields, scales_and_zeros
 from fxquant.checkpoints.integers import affine, shifted
-from fxquant.checkpoints.packing import awq, awq_fast, stream
+from fxquant.checkpoints.packing import awq, awq_fast, awq_words, stream
 from fxquant.checkpoints.source import FLOATS, Planes, Source, ceil_div
+from fxquant.checkpoints.target import Target, Written, group_of
+from fxquant.scheme import Scheme
 
 VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 
@@ -54,6 +58,54 @@ def planes_of_awq(
     name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
     offsets, scales = (source.take(name, FLOATS, (8 * width, n))[: k // group].t() for name in (name, "scales"))
     return shifted(source, fields, 4, scales, offsets, source.block(group))
+
+
+def awq_obstacles(scheme: Scheme, n: int, k: int, *, group_size: int) -> list[str]:
+    """What keeps AWQ from holding a weight exactly under groups of so many columns (-1: all): what it has instead."""
+    found = integer_obstacles(scheme, n, k, (4,))
+    size, own = k if group_size == -1 else group_size, group_of(scheme, n, k)
+    if own is not None and own % size:
+        found.append(f"groups of {size} columns in all linears of this checkpoint, not of {own}")
+    if scheme.scale != "fp16":
+        found.append(f"fp16 scales, not {scheme.scale}")
+    if scheme.activation is not None:
+        found.append("no quantized inputs")
+    if n % 8:
+        found.append(f"weights whose N is a multiple of 8, not N={n}")
+    if k % size:
+        found.append(f"weights whose K is a multiple of the group {size}, not K={k}")
+    return found
+
+
+def tensors_of_awq(
+    scheme: Scheme, planes: Mapping[str, Tensor], n: int, k: int, *, group_size: int | None = None
+) -> Written:
+    """The tensors of an AWQ linear in the layout `gemm`: the inverse of `planes_of_awq`.
+
+    Larger blocks stand in groups of `group_size`, and narrower codes in four bits: the same weights.
+
+    Args:
+        scheme: one that `awq_obstacles` has nothing against.
+        planes: as `Scheme.planes` has them; those without storage, on the meta device, give such tensors.
+        n: output features.
+        k: input features.
+        group_size: columns that share a scale; -1: all; None: those that do in the planes.
+
+    Returns:
+        `qweight` int32 `[K, N / 8]`, `qzeros` int32 `[G, N / 8]`, `scales` float16 `[G, N]`.
+
+    Raises:
+        CheckpointError: another scheme, or planes that are not its own.
+    """
+    target = Target("AWQ", scheme, planes, n, k)
+    size = k if group_size == -1 else group_size or group_of(scheme, n, k) or k
+    target.check(functools.partial(awq_obstacles, group_size=size))
+    scales, zeros = scales_and_zeros(target, 4, size)
+    return {
+        "qweight": of_fields(target, 4, lambda rows: awq_words(rows.t()).t()).t().contiguous(),
+        "qzeros": awq_words(zeros.t()),
+        "scales": scales.t().contiguous(),
+    }
 
 
 def _width(k: int, group: int) -> int:

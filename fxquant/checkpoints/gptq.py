@@ -7,11 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fxquant.checkpoints.integer_parts import held_bits, integer_obstacles, of_fields, scales_and_zeros
 from fxquant.checkpoints.integers import affine, order
-from fxquant.checkpoints.packing import octets, planar, stream
+from fxquant.checkpoints.packing import octets, planar, stream, words
 from fxquant.checkpoints.source import FLOATS, Planes, Source, ceil_div
+from fxquant.checkpoints.target import Target, Written, natural
+from fxquant.scheme import Scheme
 
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
+WRITTEN_BITS = (2, 3, 4, 8)
+"""Those that every reader of `gptq_v2` knows as a bit stream."""
+_RUN = 32
 
 
 def planes_of_gptq(
@@ -62,6 +68,54 @@ def planes_of_gptq(
     if perm is not None:
         fields = fields.index_select(1, perm)
     return affine(source, fields, bits, scales.t(), zeros.t(), source.block(group), perm)
+
+
+def gptq_obstacles(scheme: Scheme, n: int, k: int) -> list[str]:
+    """What keeps `gptq_v2` from holding a weight exactly: what it has instead."""
+    found = integer_obstacles(scheme, n, k, WRITTEN_BITS, perm=True)
+    if scheme.scale != "fp16":
+        found.append(f"fp16 scales, not {scheme.scale}")
+    if scheme.activation is not None:
+        found.append("no quantized inputs")
+    # AutoGPTQ and the kernels for its layout take whole runs of 32 alone.
+    found += [
+        f"weights whose {name} is a multiple of {_RUN}, not {name}={size}"
+        for name, size in (("N", n), ("K", k))
+        if size % _RUN
+    ]
+    return found
+
+
+def tensors_of_gptq(scheme: Scheme, planes: Mapping[str, Tensor], n: int, k: int) -> Written:
+    """The tensors of a GPTQ linear in the layout `gptq_v2`: the inverse of `planes_of_gptq`.
+
+    A permutation of the columns becomes `g_idx`. Codes of a width that the layout does not have stand in the next
+    wider ones, and blocks of several rows in groups of their own: the same weights.
+
+    Args:
+        scheme: one that `gptq_obstacles` has nothing against.
+        planes: as `Scheme.planes` has them; those without storage, on the meta device, give such tensors.
+        n: output features.
+        k: input features.
+
+    Returns:
+        `qweight` int32 `[K * bits / 32, N]`, `qzeros` int32 `[G, ceil(N * bits / 32)]`, `scales` float16 `[G, N]`,
+        `g_idx` int32 `[K]`.
+
+    Raises:
+        CheckpointError: another scheme, or planes that are not its own.
+    """
+    target = Target("GPTQ", scheme, planes, n, k)
+    target.check(gptq_obstacles)
+    bits = held_bits(scheme.spec, WRITTEN_BITS)
+    scales, zeros = scales_and_zeros(target, bits)
+    groups = torch.arange(k, device=scales.device) // target.group
+    return {
+        "qweight": of_fields(target, bits, lambda rows: words(natural(target, rows), bits)).t().contiguous(),
+        "qzeros": words(zeros.t(), bits),
+        "scales": scales.t().contiguous(),
+        "g_idx": natural(target, groups).to(torch.int32),
+    }
 
 
 def _zeros(qzeros: Tensor, bits: int, n: int, less_one: bool, by_word: bool) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fxquant.bits import pack, unpack
 from fxquant.checkpoints.source import ceil_div
@@ -56,6 +57,12 @@ def stream(words: Tensor, bits: int, count: int) -> Tensor:
     return in_pieces(lambda part: unpack(octets(part)[..., : ceil_div(count * bits, 8)], bits, count), words)
 
 
+def words(fields: Tensor, bits: int) -> Tensor:
+    """Fields as a bit stream in int32 words along the last dimension, the last word filled up: inverse of `stream`."""
+    octets_of = in_pieces(lambda part: pack(part, bits), fields)
+    return pad(octets_of, (0, -octets_of.shape[-1] % 4)).view(torch.int32)
+
+
 def padded(words: Tensor, bits: int, count: int) -> Tensor:
     """As `stream`, for 32-bit words of which each holds whole fields: what is left of a word is wasted."""
     return stream(words.unsqueeze(-1), bits, 32 // bits).flatten(-2)[..., :count]
@@ -85,6 +92,12 @@ def awq(words: Tensor) -> Tensor:
     """Codes of 4 bits in int32 words `[rows, words]`, in AutoAWQ's order of each eight: uint8 `[rows, 8 * words]`."""
     fields: Tensor = unpack(octets(words), 4, words.shape[-1] * 8).unflatten(-1, (-1, 8))[..., list(_AWQ)]
     return fields.flatten(-2)
+
+
+def awq_words(fields: Tensor) -> Tensor:
+    """The inverse of `awq`: uint8 `[rows, columns]`, a multiple of 8, to int32 `[rows, columns / 8]`."""
+    order = sorted(range(len(_AWQ)), key=_AWQ.__getitem__)
+    return in_pieces(lambda part: words(part.unflatten(-1, (-1, 8))[..., order].flatten(-2), 4), fields)
 
 
 def awq_fast(words: Tensor) -> Tensor:

@@ -60,12 +60,18 @@ def squared_error(weight: Tensor, planes: Mapping[str, Tensor], scheme: Scheme) 
     """
     n, k = weight.shape
     sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    total = [0.0, 0.0]
     for area, values, at in _decoded(planes, scheme, n, k, weight.device):
-        w = weight[area[0] : area[1], at].to(torch.float64)
+        w = weight[area[0] : area[1], at]
+        found = native.squares(values, w)
+        if found is not None:
+            total = [a + b for a, b in zip(total, found, strict=True)]
+            continue
         # Both converted first: an operation on two dtypes is several times slower.
+        w = w.to(torch.float64)
         off = values.to(torch.float64).sub_(w)
         sums += torch.stack([torch.linalg.vector_norm(x) for x in (off, w)]).square_()
-    error, norm = sums.tolist()
+    error, norm = (a + b for a, b in zip(total, sums.tolist(), strict=True))
     return error / norm if norm else 0.0
 
 

@@ -23,7 +23,7 @@ def magnitude(weight: Tensor) -> float:
     rows = torch.atleast_2d(weight)
     n, k = rows.shape
     parts = [rows[r0:r1, c0:c1] for r0, r1, c0, c1 in areas(n, k, budget(weight.device))]
-    extremes = torch.stack([value for part in parts for value in (part.amin(), part.amax())])
+    extremes = torch.stack([value for part in parts for value in torch.aminmax(part)])
     return float(extremes.abs().amax())
 
 

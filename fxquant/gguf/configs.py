@@ -13,11 +13,11 @@ from typing import Any
 from fxquant.checkpoint_files import read_json
 from fxquant.errors import FileError
 from fxquant.gguf.files import GgufFile
-from fxquant.gguf.models import GgufModel, gguf_model
+from fxquant.gguf.models import SAME, GgufModel, gguf_model
 from fxquant.gguf.names import has_experts
 from fxquant.gguf.rope import rope_base, rope_parameters
 
-_FIELDS: Mapping[str, str] = MappingProxyType(
+FIELDS: Mapping[str, str] = MappingProxyType(
     {
         "context_length": "max_position_embeddings",
         "embedding_length": "hidden_size",
@@ -33,12 +33,12 @@ _FIELDS: Mapping[str, str] = MappingProxyType(
         "expert_feed_forward_length": "moe_intermediate_size",
     }
 )
+"""What configs call settings, by what files do. Architectures may have further ones, see `GgufModel.fields`."""
 _REALS = ("_epsilon", "scale", "_softcapping")
 """Ends of keys of settings that are no whole numbers."""
 _DTYPES: Mapping[str, str] = MappingProxyType({"BF16": "bfloat16", "F16": "float16"})
-_SAME: Mapping[str, tuple[str, ...]] = MappingProxyType({"llama": ("mistral",)})
-"""Model types for which llama.cpp has no architectures of their own."""
-_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+TOKENS: Mapping[str, str] = MappingProxyType({"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"})
+"""Special tokens that configs name, by what files call them."""
 _DIMENSIONS = ("embedding_length", "attention.head_count", "attention.head_count_kv", "expert_count")
 """Settings that no tensor can be smaller than: the largest dimension in the file bounds them."""
 
@@ -56,27 +56,35 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
         FileError: of another one; or the metadata lack something, or cannot be true of the tensors; or the config.json
             is that of another model.
     """
-    experts = has_experts(file.headers)
-    model = gguf_model(file.architecture, experts)
+    model = gguf_model(file.architecture, has_experts(file.headers))
     _check(file)
-    config = _beside(file, model) or _from_metadata(file, model, experts)
-    config["vocab_size"] = _vocabulary(file)
-    config["tie_word_embeddings"] = "output.weight" not in file.headers
-    return config
+    return (_beside(file, model) or _from_metadata(file, model)) | _as_stored(file)
 
 
-def _from_metadata(file: GgufFile, model: GgufModel, experts: bool) -> dict[str, Any]:
+def config_without_file(file: GgufFile) -> dict[str, Any]:
+    """`gguf_config` of a file that is not there yet, and whose metadata alone are asked."""
+    model = gguf_model(file.architecture, has_experts(file.headers))
+    _check(file)
+    return _from_metadata(file, model) | _as_stored(file)
+
+
+def _as_stored(file: GgufFile) -> dict[str, Any]:
+    return {"vocab_size": _vocabulary(file), "tie_word_embeddings": "output.weight" not in file.headers}
+
+
+def _from_metadata(file: GgufFile, model: GgufModel) -> dict[str, Any]:
+    experts = has_experts(file.headers)
     config: dict[str, Any] = {"model_type": model.model_type, "architectures": [model.model_class]}
-    for key, name in {**_FIELDS, **model.fields}.items():
+    for key, name in {**FIELDS, **model.fields}.items():
         found = _uniform(file, key)
         if found is None or (key.startswith("expert_") and not experts):
             continue
-        if type(found) is not (float if key.endswith(_REALS) else int):
+        if type(found) is not (float if is_real(key) else int):
             raise FileError(f"{file.path}: {file.architecture}.{key} is {found!r}, a {type(found).__name__}")
         config[name] = found
     config |= {name: f"blk.0.{tensor}" in file.headers for tensor, name in model.biases.items()}
     # None, too: the defaults of config classes are tokens of some other model
-    config |= {name: _token(file, f"tokenizer.ggml.{kind}_token_id") for kind, name in _TOKENS.items()}
+    config |= {name: _token(file, f"tokenizer.ggml.{kind}_token_id") for kind, name in TOKENS.items()}
     if model.has_head_dim:
         config["head_dim"] = head_dim(file)
     if parameters := rope_parameters(file, head_dim(file)):
@@ -89,6 +97,11 @@ def _from_metadata(file: GgufFile, model: GgufModel, experts: bool) -> dict[str,
     return {**config, **model.constants}
 
 
+def is_real(key: str) -> bool:
+    """Whether a setting is no whole number."""
+    return key.endswith(_REALS)
+
+
 def _beside(file: GgufFile, model: GgufModel) -> dict[str, Any] | None:
     path = file.path.parent / "config.json"
     if not path.is_file():
@@ -98,8 +111,8 @@ def _beside(file: GgufFile, model: GgufModel) -> dict[str, Any] | None:
     if isinstance(text, dict) and text.get("model_type") == model.model_type:
         # the file has the language model alone
         config = text | {"architectures": [model.model_class]}
-    known = [model.model_type, *_SAME.get(model.model_type, ())]  # no set: what is looked up may be a list
-    if config.get("model_type") not in known:
+    known = [model.model_type, *(one for one, own in SAME.items() if own == model.model_type)]
+    if config.get("model_type") not in known:  # no set: what is looked up may be a list
         raise FileError(
             f"{path} is that of a {config.get('model_type')!r} model, and {file.path.name} beside it holds a "
             f"{model.model_type!r} one\n  put them into directories of their own"

@@ -34,6 +34,8 @@ class GgufModel:
     """Weights of norms have 1 added."""
     conv1d: bool = False
     """transformers has linears as `Conv1D`, transposed."""
+    nvfp4: bool = False
+    """llama.cpp multiplies by the second level of NVFP4's scales, `.scale`; elsewhere it reads them and goes on."""
     interleaved_experts: bool = False
     """transformers has gate and up row by row in turn, and the matrices of experts transposed."""
 
@@ -52,13 +54,13 @@ _GRANITE = {
 
 MODELS: Mapping[str, GgufModel] = MappingProxyType(
     {
-        "llama": GgufModel("llama", "LlamaForCausalLM", biases=_LLAMA_BIASES, rope_pairs=True),
+        "llama": GgufModel("llama", "LlamaForCausalLM", biases=_LLAMA_BIASES, rope_pairs=True, nvfp4=True),
         "granite": GgufModel("granite", "GraniteForCausalLM", _GRANITE, biases=_LLAMA_BIASES, rope_pairs=True),
         "qwen2": GgufModel("qwen2", "Qwen2ForCausalLM"),
         "qwen2moe": GgufModel("qwen2_moe", "Qwen2MoeForCausalLM", _SHARED_EXPERTS),
-        "qwen3": GgufModel("qwen3", "Qwen3ForCausalLM", biases=_ATTENTION),
+        "qwen3": GgufModel("qwen3", "Qwen3ForCausalLM", biases=_ATTENTION, nvfp4=True),
         "qwen3moe": GgufModel(
-            "qwen3_moe", "Qwen3MoeForCausalLM", constants={"norm_topk_prob": True}, biases=_ATTENTION
+            "qwen3_moe", "Qwen3MoeForCausalLM", constants={"norm_topk_prob": True}, biases=_ATTENTION, nvfp4=True
         ),
         "gemma": GgufModel("gemma", "GemmaForCausalLM", norms_plus_one=True),
         "gemma2": GgufModel("gemma2", "Gemma2ForCausalLM", _SOFTCAPS, norms_plus_one=True),
@@ -98,8 +100,28 @@ MODELS: Mapping[str, GgufModel] = MappingProxyType(
 )
 """By the name that llama.cpp has for the architecture."""
 
-MIXTRAL = GgufModel("mixtral", "MixtralForCausalLM", _LOCAL_EXPERTS, rope_pairs=True)
+MIXTRAL = GgufModel("mixtral", "MixtralForCausalLM", _LOCAL_EXPERTS, rope_pairs=True, nvfp4=True)
 """What files of `llama` with experts are."""
+
+
+SAME: Mapping[str, str] = MappingProxyType({"mistral": "llama"})
+"""Model types for which llama.cpp has no architectures of their own, and the one whose files theirs are."""
+
+
+def gguf_architecture(model_type: str) -> tuple[str, GgufModel]:
+    """What llama.cpp calls the architecture of a model type of transformers, and what files of it hold.
+
+    Raises:
+        FileError: it is not known how files of it are to be written.
+    """
+    own = SAME.get(model_type, model_type)
+    found = {model.model_type: (name, model) for name, model in MODELS.items()} | {"mixtral": ("llama", MIXTRAL)}
+    if own not in found:
+        raise FileError(
+            f"models of the type {model_type!r} are not written as GGUF{nearest(model_type, found)}\n"
+            f"  there are {', '.join([*found, *SAME])}: converters change tensors of each in ways of their own"
+        )
+    return found[own]
 
 
 def gguf_model(architecture: str, experts: bool = False) -> GgufModel:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxquant.errors import FileError
+from fxquant.errors import FileError, nearest
 from fxquant.gguf.files import GgufFile
 
 SCALES = (".scale", ".input_scale")
@@ -40,7 +40,7 @@ def match_names(file: GgufFile, names: Iterable[str]) -> list[Match]:
         FileError: tensors of the model are not in the file, or tensors of the file not in the model.
     """
     names = list(names)
-    table = _table(file, names)
+    table = _table(file.architecture, names)
     matches, missing = [], []
     for name in names:
         options = list(_options(table, name))
@@ -66,15 +66,38 @@ def _refuse(file: GgufFile, fault: str, names: Iterable[str]) -> None:
         raise FileError(f"{file.path}, of {file.architecture}, {fault}: {len(found)}\n  {', '.join(found[:5])}{more}")
 
 
-def _table(file: GgufFile, names: Iterable[str]) -> Any:
+def written_names(architecture: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What a file calls each parameter of a model that it is to hold: one tensor, or the gate's and the up's.
+
+    Args:
+        architecture: as llama.cpp calls it.
+        names: of parameters; of stacked experts also of one projection: `model.layers.0.mlp.experts.gate_proj`.
+
+    Raises:
+        FileError: gguf has no name for one of them.
+    """
+    names = list(names)
+    table = _table(architecture, names)
+    found = {name: next(_options(table, name), ()) for name in names}
+    unknown = sorted(name for name, tensors in found.items() if not tensors)
+    if unknown:
+        more = ", ..." if len(unknown) > 5 else ""
+        raise FileError(
+            f"GGUF files of {architecture} have no place for {len(unknown)} tensors of the model\n"
+            f"  {', '.join(unknown[:5])}{more}"
+        )
+    return found
+
+
+def _table(architecture: str, names: Iterable[str]) -> Any:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     known = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    if file.architecture not in known:
-        raise FileError(f"{file.path} is of the architecture {file.architecture!r}, which gguf does not know")
+    if architecture not in known:
+        raise FileError(f"gguf does not know the architecture {architecture!r}{nearest(architecture, known)}")
     # the layers of the model, not those that the file says it has: they may be 2^32
     layers = max((int(n) for name in names for n in re.findall(r"\.(\d+)\.", name)), default=0) + 1
-    return get_tensor_name_map(known[file.architecture], layers)
+    return get_tensor_name_map(known[architecture], layers)
 
 
 def _options(table: Any, name: str) -> Iterator[tuple[str, ...]]:

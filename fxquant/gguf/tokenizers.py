@@ -17,12 +17,12 @@ def gguf_tokenizer(file: GgufFile) -> Any:
     Raises:
         FileError: the file holds none, or one that transformers cannot make.
     """
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
     tokens = file.metadata.get(_TOKENS)
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise FileError(f"{file.path} holds no tokenizer: {_TOKENS} is missing, or no list of strings")
+    # from_pretrained would take a tokenizer.json that lies beside the file, and leave out its special tokens
+    kind: Any = transformers.PreTrainedTokenizerFast
     with as_file_error(f"cannot make the tokenizer of {file.path}"):
-        return PreTrainedTokenizerFast.from_pretrained(
-            file.path.parent, gguf_file=file.path.name, local_files_only=True
-        )
+        return kind(name_or_path=str(file.path.parent), gguf_file=file.path.name, local_files_only=True)

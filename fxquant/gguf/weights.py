@@ -202,21 +202,26 @@ def _fits(file: GgufFile, model: GgufModel, match: Match, shape: tuple[int, ...]
     if any(len(one) != len(have[0]) or one[:1] != have[0][:1] or one[2:] != have[0][2:] for one in have):
         return False
     joined = have[0] if len(have) == 1 else (have[0][0], sum(one[1] for one in have), *have[0][2:])
-    if _is_transposed(model, match) and len(joined) > 1:
+    if is_transposed(model, match.tensors[0]) and len(joined) > 1:
         joined = (*joined[:-2], joined[-1], joined[-2])
     # vectors may have a dimension of 1 more
     return joined == shape or tuple(d for d in joined if d > 1) == tuple(d for d in shape if d > 1)
 
 
-def _is_transposed(model: GgufModel, match: Match) -> bool:
-    tensor = match.tensors[0]
+def is_transposed(model: GgufModel, tensor: str) -> bool:
+    """Whether the matrices of a tensor of this name are `[K, N]` in transformers, and stacks of them `[E, K, N]`."""
     if model.interleaved_experts:
         return is_experts(tensor) and tensor.endswith(".weight")
     return model.conv1d and tensor.startswith("blk.") and tensor.endswith(".weight") and "norm" not in tensor
 
 
+def is_shifted(model: GgufModel, tensor: str) -> bool:
+    """Whether a tensor of this name has 1 added, in float32."""
+    return model.norms_plus_one and tensor.endswith("norm.weight")
+
+
 def _plain(file: GgufFile, model: GgufModel, match: Match, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    shifted = model.norms_plus_one and match.name.endswith("norm.weight")
+    shifted = is_shifted(model, match.tensors[0])
     parts = [_values(file, name, None if shifted else dtype) for name in match.tensors]
     if len(parts) == 1:
         value = parts[0]
@@ -229,7 +234,7 @@ def _plain(file: GgufFile, model: GgufModel, match: Match, shape: tuple[int, ...
     if shifted:
         # in float32 even where the file has less: what is left has more digits than what it was part of
         value = value.to(torch.float32) - 1.0
-    if _is_transposed(model, match):
+    if is_transposed(model, match.tensors[0]):
         value = value.transpose(-1, -2)
     value = value.reshape(shape).contiguous()
     return value if dtype is None else value.to(dtype)

@@ -28,15 +28,25 @@ from fxquant.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class GgufData:
-    """A tensor to be written."""
+class GgufSpec:
+    """What a file says of a tensor that is to be written."""
 
     type_name: str
     """As gguf calls it: `Q4_K`, `F32`."""
     shape: tuple[int, ...]
     """In weights: `[N, K]`."""
+
+
+@dataclass(frozen=True)
+class GgufData(GgufSpec):
+    """A tensor to be written."""
+
     read: Callable[[], Tensor]
     """Its blocks or its floats; asked for once, when it is written."""
+
+
+Places = Mapping[str, tuple[int, int]]
+"""First byte in the file, and bytes, of each tensor."""
 
 
 def gguf_data(file: GgufFile) -> dict[str, GgufData]:
@@ -87,54 +97,73 @@ def write_gguf(
         FileError: it cannot be written, or a tensor is not what is said of it.
     """
     target = Path(path)
+    header, places = gguf_header(metadata, kinds, tensors)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("xb") as file:
-            _write(file, metadata, kinds, tensors)
+            _write(file, header, places, tensors)
+            file.write(bytes(-file.tell() % _alignment(metadata)))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(target)
     except OSError as error:
         raise FileError(f"cannot write {target}: {error.strerror or error}") from None
-    except (KeyError, struct.error) as error:
-        raise FileError(
-            f"cannot write {target}: a value of the metadata has no type, or not its own: {error}"
-        ) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _write(
-    file: BinaryIO,
-    metadata: Mapping[str, Any],
-    kinds: Mapping[str, tuple[int, int | None]],
-    tensors: Mapping[str, GgufData],
-) -> None:
-    alignment = metadata.get("general.alignment", 32)
-    types = {name: (number, size, nbytes) for number, (name, size, nbytes) in ggml_types().items()}
-    file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        file.write(_string(key) + _value(value, *kinds[key]))
-    offset = 0
-    sizes = {}
-    for name, data in tensors.items():
-        if data.type_name not in types or data.shape[-1] % types[data.type_name][1]:
-            raise FileError(f"{name} cannot be written: GGUF has no {data.type_name} of shape {list(data.shape)}")
-        number, size, nbytes = types[data.type_name]
-        sizes[name] = math.prod(data.shape) // size * nbytes
-        dims = struct.pack(f"<I{len(data.shape)}Q", len(data.shape), *reversed(data.shape))
-        file.write(_string(name) + dims + struct.pack("<IQ", number, offset))
-        offset += -(-sizes[name] // alignment) * alignment
-    file.write(bytes(-file.tell() % alignment))
-    for name, data in tensors.items():
-        octets = data.read().detach().cpu().contiguous().flatten().view(torch.uint8)
-        if octets.numel() != sizes[name]:
+def _write(file: BinaryIO, header: bytes, places: Places, tensors: Mapping[str, GgufData]) -> None:
+    file.write(header)
+    for name, (offset, nbytes) in places.items():
+        octets = tensors[name].read().detach().cpu().contiguous().flatten().view(torch.uint8)
+        if octets.numel() != nbytes:
             raise FileError(
-                f"{name} is to be {data.type_name} {list(data.shape)}, which takes {sizes[name]} bytes, "
+                f"{name} is to be {tensors[name].type_name} {list(tensors[name].shape)}, which takes {nbytes} bytes, "
                 f"and has {octets.numel()}"
             )
+        file.write(bytes(offset - file.tell()))
         file.write(octets.numpy().data)
-        file.write(bytes(-file.tell() % alignment))
+
+
+def gguf_header(
+    metadata: Mapping[str, Any], kinds: Mapping[str, tuple[int, int | None]], tensors: Mapping[str, GgufSpec]
+) -> tuple[bytes, Places]:
+    """What a file begins with, and where in it each tensor is to stand, before any of them is there.
+
+    Args:
+        metadata: as `GgufFile.metadata` has them.
+        kinds: the types of their values, as `GgufFile.kinds` has them.
+        tensors: in the order in which they are to stand.
+
+    Returns:
+        All bytes up to the first tensor, and the places in the whole file. What is between tensors, and behind the last
+        one up to a multiple of the alignment, which is 32 unless the metadata say otherwise, is zero.
+
+    Raises:
+        FileError: GGUF has no such tensor, or a value of the metadata has no type, or not its own.
+    """
+    types = {name: (number, size, nbytes) for number, (name, size, nbytes) in ggml_types().items()}
+    parts = [b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    try:
+        parts += [_string(key) + _value(value, *kinds[key]) for key, value in metadata.items()]
+    except (KeyError, TypeError, struct.error) as error:
+        raise FileError(f"a value of the metadata has no type, or not its own: {error}") from None
+    offset, places = 0, {}
+    for name, spec in tensors.items():
+        if spec.type_name not in types or spec.shape[-1] % types[spec.type_name][1]:
+            raise FileError(f"{name} cannot be written: GGUF has no {spec.type_name} of shape {list(spec.shape)}")
+        number, size, nbytes = types[spec.type_name]
+        places[name] = (offset, math.prod(spec.shape) // size * nbytes)
+        dims = struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
+        parts.append(_string(name) + dims + struct.pack("<IQ", number, offset))
+        offset += places[name][1] + -places[name][1] % _alignment(metadata)
+    header = b"".join(parts)
+    header += bytes(-len(header) % _alignment(metadata))
+    return header, {name: (len(header) + start, nbytes) for name, (start, nbytes) in places.items()}
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    return int(metadata.get("general.alignment", 32))
 
 
 def _string(text: str) -> bytes:

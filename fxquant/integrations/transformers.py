@@ -32,10 +32,10 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from fxquant.api import dequantize, plan
 from fxquant.checkpoint_files import TensorHeader
 from fxquant.errors import FileError, ModelError
 from fxquant.expert_modules import QExperts
+from fxquant.install import record_of, uninstall
 from fxquant.integrations.arrivals import Arrivals
 from fxquant.integrations.checkpoint_checks import check_planes, for_model, headers_of, refuse_packed
 from fxquant.integrations.model_parts import mark_initialised, quantized_tensors, replaced_parameters
@@ -44,6 +44,7 @@ from fxquant.integrations.transformers_config import NAME, FxQuantConfig
 from fxquant.model_files import put_quantized
 from fxquant.model_index import FORMAT, quantized_modules
 from fxquant.modules import QLinear
+from fxquant.planning import plan_for
 from fxquant.rewrite import History
 
 __all__ = ["FxQuantConfig", "FxQuantizer"]
@@ -107,7 +108,7 @@ class FxQuantizer(HfQuantizer):
 
     def _plan(self, model: Any) -> None:
         with _tied(model):
-            made = plan(model, recipe_from(self.quantization_config.recipe))
+            _, made = plan_for(model, recipe_from(self.quantization_config.recipe))
         gc.collect()  # what torch.export makes refers to itself in circles, and to modules
         static = [e for e in made.quantized if e.scheme and e.scheme.activation and e.scheme.activation.static]
         if static:
@@ -166,10 +167,14 @@ class FxQuantizer(HfQuantizer):
         else:
             _check_members(model)
         self._arrivals, self._planes = None, set()
+        self._take(model)
+
+    def _take(self, model: Any) -> None:
+        """Make `save_pretrained` ask for what is to be written."""
         _untie(model)
         self._describe(model)
         # Checkpoints of some models have other names than the model; no name of a plane is to be taken for one of them.
-        self._conversions, model._weight_conversions = model._weight_conversions, []
+        self._conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
 
     def _describe(self, model: Any) -> None:
         config = self.quantization_config
@@ -188,7 +193,7 @@ class FxQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         names = [name for name, module in model.named_modules() if isinstance(module, (QLinear, QExperts))]
-        dequantize(model)
+        uninstall(model)
         for name in names:
             model.get_submodule(name).to(dtype)
         self._forget(model)
@@ -198,6 +203,29 @@ class FxQuantizer(HfQuantizer):
         model._weight_conversions = self._conversions or None
         base: Any = super()
         base.remove_quantization_config(model)
+
+
+def attach(model: Any) -> None:
+    """Let `save_pretrained` of a model that was quantized in memory write what `from_pretrained` reads.
+
+    Args:
+        model: of transformers, quantized; one that `from_pretrained` quantized stays as it is.
+    """
+    if isinstance(getattr(model, "hf_quantizer", None), FxQuantizer) or not replaced_parameters(model):
+        return
+    record = record_of(model)
+    config = FxQuantConfig(None if record is None else record.plan.recipe, modules={})
+    quantizer = FxQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    quantizer._take(model)
+
+
+def detach(model: Any) -> None:
+    """Undo `attach`, on a model in which nothing is quantized any more."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, FxQuantizer):
+        quantizer._forget(model)
 
 
 class _Quantize(ConversionOps):

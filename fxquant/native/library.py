@@ -17,7 +17,7 @@ from fxquant.inductor import compile_cpp
 
 _SOURCES = (
     *("vectors.h", "bits.h", "job.h", "elements.h", "search.h", "lines.h", "levels.h", "pieces.h"),
-    *("quantize.cpp", "offsets.cpp", "leveled.cpp", "global.cpp", "dequantize.cpp"),
+    *("quantize.cpp", "offsets.cpp", "leveled.cpp", "global.cpp", "dequantize.cpp", "squares.cpp"),
 )
 _FUNCTIONS = (
     "fxquant_quantize",
@@ -94,4 +94,6 @@ def library() -> ctypes.CDLL | None:
     for name in _FUNCTIONS if built else ():
         function = getattr(built, name)
         function.argtypes, function.restype = [ctypes.c_void_p], None
+    if built:
+        built.fxquant_squares.restype = None
     return built

@@ -33,3 +33,11 @@ struct Product {
     int32_t zero;       // 0 none, 1 subtracted before the scale, 2 added behind it
     int32_t threads;
 };
+
+// A layer of experts with a gate: two products, and what is between and behind them.
+struct Gated {
+    Product first, second; // of all that x has in common with the job; y of the first is x of the second
+    const void* weights;   // of every slot, contiguous
+    void* y;               // [tokens, rows of the second]
+    int32_t weights_type, dtype;
+};

@@ -13,10 +13,14 @@ from torch import Tensor
 from fxquant.native.dequantize import dequantize
 from fxquant.native.job import DTYPES
 from fxquant.native.library import load, serves
-from fxquant.native.matmul_job import Product, covered_planes, fill_input, lies_as_read, product
+from fxquant.native.matmul_job import Product, covered_planes, fill_input, prepared
+from fxquant.native.places import Place
 from fxquant.scheme import Scheme
 
-_SOURCES = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h", "matmul_kernels.h", "matmul.cpp")
+_SOURCES = (
+    *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
+    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul.cpp", "gated.cpp"),
+)
 _FEW_IDS = 16
 """So many rows are never too many."""
 
@@ -43,8 +47,9 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     """
     k = x.shape[-1]
     rows = x.numel() // max(k, 1)
-    built = _library_for(x, planes, scheme, n, bias, None)
-    if built is None:
+    job = job_of(planes, scheme, n, k, None, x, bias)
+    built = None if job is None else library()
+    if job is None or built is None:
         return None
     if rows > built.fxquant_most_rows(DTYPES[x.dtype]):
         if built.fxquant_multiplies(DTYPES[x.dtype]):
@@ -54,8 +59,7 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
             return F.linear(x.float(), decoded, None if bias is None else bias.float()).to(x.dtype)
     y = x.new_empty((*x.shape[:-1], n))
     if rows:
-        job = product(planes, scheme, n, k, stacked=False)
-        job.slots, job.picks, job.experts = rows, 1, 1
+        job.slots = rows
         _run(built, job, x.reshape(rows, k), planes, y, bias)
     return y
 
@@ -78,25 +82,29 @@ def experts(
         many rows, of any dtype.
     """
     k, slots, count = x.shape[-1], ids.numel(), planes["codes"].shape[0]
-    if ids.dtype != torch.int64 or not _plain(ids) or x.shape[:-1] not in (ids.shape, ids.shape[:1]):
-        return None
-    if scheme.columns:
+    if not takes_ids(x, ids) or scheme.columns:
         return None
     bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
-    built = _library_for(x, planes, scheme, n, bias, count)
-    if built is None or _largest_share(ids, count) > built.fxquant_most_rows(DTYPES[x.dtype]):
+    job = job_of(planes, scheme, n, k, count, x, bias)
+    built = None if job is None else library()
+    if job is None or built is None or largest_share(ids, count) > built.fxquant_most_rows(DTYPES[x.dtype]):
         return None
     y = x.new_zeros((*ids.shape, n))
     if slots and count:
         ids = ids.contiguous()
-        job = product(planes, scheme, n, k, stacked=True)
-        job.slots, job.experts, job.ids = slots, count, ids.data_ptr()
+        job.slots, job.ids = slots, ids.data_ptr()
         job.picks = ids.shape[1] if x.shape[:-1] != ids.shape else 1
         _run(built, job, x.reshape(-1, k), planes, y, bias)
     return y
 
 
-def _largest_share(ids: Tensor, count: int) -> int:
+def takes_ids(x: Tensor, ids: Tensor) -> bool:
+    """Whether ids `[T, k]` are plain numbers on a CPU, and x has a row for every token or id."""
+    plain = type(ids) is Tensor and ids.device.type == "cpu" and ids.dtype == torch.int64
+    return plain and x.shape[:-1] in (ids.shape, ids.shape[:1])
+
+
+def largest_share(ids: Tensor, count: int) -> int:
     """How many ids name the expert that most of them name; a larger number is good enough while it is small."""
     if ids.numel() <= _FEW_IDS or not count:
         return ids.numel()
@@ -104,23 +112,25 @@ def _largest_share(ids: Tensor, count: int) -> int:
     return int(known.bincount(minlength=count).max())
 
 
-def _plain(ids: Tensor) -> bool:
-    """Whether these are plain numbers on a CPU."""
-    return type(ids) is Tensor and ids.device.type == "cpu"
-
-
-def _library_for(
-    x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None, experts: int | None
-) -> ctypes.CDLL | None:
-    """The compiled product; None where the scheme or a tensor is not for it, or there is none."""
-    specs = covered_planes(scheme, n, x.shape[-1])
-    biases = [] if bias is None else [bias]
-    shape = (n,) if experts is None else (experts, n)
-    if specs is None or x.dtype not in DTYPES or not serves(planes["codes"], x, *planes.values(), *biases):
+def job_of(
+    planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, experts: int | None, x: Tensor, bias: Tensor | None
+) -> Product | None:
+    """A job for these planes and an x and a bias like these; None where the scheme or a tensor is not for it."""
+    biases = () if bias is None else (bias,)
+    if covered_planes(scheme, n, k) is None or x.dtype not in DTYPES:
         return None
+    if not serves(planes["codes"], x, *planes.values(), *biases):
+        return None
+    shape = (n,) if experts is None else (experts, n)
     if any(b.dtype not in DTYPES or tuple(b.shape) != shape or b.stride(-1) != 1 for b in biases):
         return None
-    return library() if lies_as_read(planes, specs, experts) else None
+    places = tuple([Place.of(plane) for plane in planes.values()])
+    found = prepared(scheme, n, k, experts, tuple(planes), places)
+    if found is None:
+        return None
+    job = Product.from_buffer_copy(found[0])
+    job.held, job.threads = found[1], torch.get_num_threads()
+    return job
 
 
 def _run(
@@ -142,7 +152,8 @@ def library() -> ctypes.CDLL | None:
     instead = "weights are decoded as a whole for every product instead, many times slower"
     built = load("product", instead, _SOURCES, contract=True)
     if built is not None:
-        built.fxquant_multiply.argtypes, built.fxquant_multiply.restype = [ctypes.c_void_p], None
+        for function in (built.fxquant_multiply, built.fxquant_gated_experts):
+            function.argtypes, function.restype = [ctypes.c_void_p], None
         built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
         built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxquant.native.job import DTYPES
 from fxquant.native.matmul_levels import Level, fill_offsets, fill_scales
+from fxquant.native.places import Place
 from fxquant.scheme import SCALE_TYPES, Element, PlaneSpec, Scheme
 
 _UNIT = 16
@@ -22,6 +23,9 @@ _ON_X = {"perm", "column_scales"}
 
 class Product(ctypes.Structure):
     """One call. The fields of `Product` in `matmul.h`, in that order."""
+
+    held: Tensor
+    """What it points to, besides arguments of the call."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("x", "y", "addend", "codes", "values", "ids")]
@@ -57,29 +61,45 @@ def _whole_bytes(scheme: Scheme, blocks: int) -> bool:
     return all(blocks * size % 8 == 0 for size in bits)
 
 
-def lies_as_read(planes: Mapping[str, Tensor], specs: Mapping[str, PlaneSpec], experts: int | None) -> bool:
+def lies_as_read(planes: Mapping[str, Place], specs: Mapping[str, PlaneSpec], experts: int | None) -> bool:
     """Whether planes, stacked over experts or not, are what they should be, with rows that lie in one piece."""
     lead = () if experts is None else (experts,)
     for name, spec in specs.items():
         plane = planes.get(name)
         if plane is None or tuple(plane.shape) != (*lead, *spec.shape) or plane.dtype != spec.dtype:
             return False
-        if plane.stride(-1) != 1 and plane.shape[-1] > 1:
+        if plane.strides[-1] != 1 and plane.shape[-1] > 1:
             return False
     return True
 
 
-def product(planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, stacked: bool) -> Product:
-    """All that follows from the weight."""
-    element, codes = scheme.spec, planes["codes"]
-    job = Product(codes=codes.data_ptr(), rows=n, columns=k, block=scheme.block.columns or k)
-    job.codes_stride, job.codes_expert = codes.stride(-2), codes.stride(0) if stacked else 0
+@functools.lru_cache(maxsize=4096)
+def prepared(
+    scheme: Scheme, n: int, k: int, experts: int | None, names: tuple[str, ...], places: tuple[Place, ...]
+) -> tuple[bytes, Tensor] | None:
+    """All of a `Product` that follows from the weight, and a tensor that it points to; None: not a weight for it.
+
+    Remembered by everything that it depends on, since it takes as long as a small product.
+
+    Args:
+        scheme: how the weight is stored.
+        n: its rows.
+        k: its columns.
+        experts: how many such weights the planes hold; None for one that is not stacked.
+        names: of the planes.
+        places: of each of them.
+    """
+    planes, specs = dict(zip(names, places, strict=True)), covered_planes(scheme, n, k)
+    if specs is None or not lies_as_read(planes, specs, experts):
+        return None
+    element, codes, stacked, values = scheme.spec, planes["codes"], experts is not None, _values(scheme.spec)
+    job = Product(codes=codes.address, rows=n, columns=k, block=scheme.block.columns or k, experts=experts or 1)
+    job.codes_stride, job.codes_expert = codes.rows(stacked)
     job.kind, job.bits, job.low, job.zero = _kind(element), element.bits, element.low, _ZEROS[scheme.zero]
-    job.values = _values(element).data_ptr()
-    job.threads = torch.get_num_threads()
+    job.values, job.picks = values.data_ptr(), 1
     fill_scales(job.scales, planes, scheme, n, k, stacked)
     fill_offsets(job.offsets, planes, scheme, n, k, stacked)
-    return job
+    return bytes(job), values
 
 
 def _kind(element: Element) -> int:
@@ -107,3 +127,16 @@ def fill_input(job: Product, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         job.addend, job.addend_type = bias.data_ptr(), DTYPES[bias.dtype]
         job.addend_expert = bias.stride(0) if bias.dim() > 1 else 0
+
+
+class Gated(ctypes.Structure):
+    """One layer of experts with a gate. The fields of `Gated` in `matmul.h`, in that order."""
+
+    _fields_ = (
+        ("first", Product),
+        ("second", Product),
+        ("weights", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("weights_type", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )

@@ -4,37 +4,63 @@
 namespace {
 
 #ifdef FXQUANT_AVX512
-constexpr int ROWS = 4, FEW = 4, SOME = 6; // of a weight at once; of x where codes are decoded in registers, and else
+constexpr int SOME = 6;         // rows of x at once that are multiplied with a slab
 #else
-constexpr int ROWS = 2, FEW = 2, SOME = 2;
+constexpr int SOME = 2;
 #endif
 constexpr int64_t SLAB = 8;     // rows of a weight that are decoded at a time
 constexpr int64_t BATCH = 48;   // rows of x for which a slab is decoded once
 constexpr int64_t STRETCH = 32; // units of a slab
 
-template <class T> struct Buffer {
-    std::unique_ptr<T[]> held;
-    T* data;
-
-    explicit Buffer(int64_t n) : held(new T[n + 64 / sizeof(T)]) {
-        data = (T*)(((uintptr_t)held.get() + 63) & ~(uintptr_t)63);
-    }
-};
-
 // What a thread needs, and the rows of a weight that it is at.
-struct Scratch {
+struct Slabs {
     Buffer<float> scales, offsets, slab;
     Buffer<uint8_t> bytes;
     Buffer<float> sums;
 
-    explicit Scratch(int64_t blocks)
+    explicit Slabs(int64_t blocks)
         : scales(SLAB * blocks), offsets(SLAB * blocks), slab(SLAB * STRETCH * LANES), bytes(blocks + 128),
           sums(SLAB * BATCH * LANES) {
         memset(slab.data, 0, SLAB * STRETCH * sizeof(F)); // rows that a slab lacks are multiplied, too
     }
 };
 
+// M rows of x, from a unit on, with ROWS of a slab; sums, in rows of BATCH, are added to.
+template <int M>
+__attribute__((noinline)) void multiply(const float* slab, const float* const* xs, int64_t first, int64_t units,
+                                        float* sums) {
+    F total[ROWS][M];
+    const float* x[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) x[m] = xs[m] + first * LANES;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) total[r][m] = load(sums + (r * BATCH + m) * LANES);
+    for (int64_t i = 0; i < units * LANES; i += LANES) {
+        F w[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) w[r] = load(slab + r * STRETCH * LANES + i);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const F v = load(x[m] + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) total[r][m] = multiply_add(w[r], v, total[r][m]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) store(sums + (r * BATCH + m) * LANES, total[r][m]);
+}
+
 template <class E> struct Kernel {
+    using Scratch = Slabs;
+#ifdef FXQUANT_AVX512
+    static constexpr int FEW = 4; // rows of x where codes are decoded in registers
+#else
+    static constexpr int FEW = 2;
+#endif
     const Product& job;
     const E element;
     const int64_t units, bytes, whole; // of a row; units that can be read where they are
@@ -45,6 +71,70 @@ template <class E> struct Kernel {
         : job(j), element(j), units((j.columns + LANES - 1) / LANES), bytes((j.columns * j.bits + 7) / 8),
           whole(bytes / E::SPAN), blocks((j.columns + j.block - 1) / j.block), per((j.block + LANES - 1) / LANES),
           room((blocks + LANES - 1) / LANES * LANES) {}
+
+    void run(const Task& task, Scratch& scratch) const {
+        if (task.count <= FEW) with_constant<FEW>(task.count, [&](auto m) { few<m>(task, scratch); });
+        else slabs(task, scratch);
+    }
+
+    template <int M> void few(const Task& task, Scratch& scratch) const {
+        const float* xs[M];
+        for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
+        float found[M][CHUNK + LANES];
+        for (int64_t r = task.row; r <= task.last; r += ROWS) {
+            F sums[ROWS][M];
+            fused<M>(task.expert, r, task.last, xs, scratch, sums);
+            for (int m = 0; m < M; m++)
+                for (int i = 0; i < ROWS; i++) found[m][r - task.row + i] = sum(sums[i][m]);
+        }
+        for (int m = 0; m < M; m++) task.put(m, task.row, task.last - task.row + 1, found[m]);
+    }
+
+    void slabs(const Task& task, Scratch& scratch) const {
+        for (int64_t r = task.row; r <= task.last; r += SLAB) {
+            const int64_t n = task.last - r + 1 < SLAB ? task.last - r + 1 : SLAB;
+            for (int64_t i = 0; i < n; i++) load_numbers(task.expert, r + i, i, scratch);
+            for (int64_t from = 0; from < task.count; from += BATCH)
+                batch(task, r, n, from, task.count - from < BATCH ? task.count - from : BATCH, scratch);
+        }
+    }
+
+    void batch(const Task& task, int64_t r, int64_t n, int64_t from, int64_t m, Scratch& scratch) const {
+        float* const sums = scratch.sums.data;
+        memset(sums, 0, SLAB * BATCH * sizeof(F));
+        const float* xs[BATCH];
+        for (int64_t i = 0; i < m; i++) xs[i] = task.x_row(from + i);
+        const int64_t parts = (m + SOME - 1) / SOME;
+        for (int64_t u = 0; u < units; u += STRETCH) {
+            const int64_t end = u + STRETCH < units ? u + STRETCH : units;
+            for (int64_t i = 0; i < n; i++) decode(task.expert, r + i, i, u, end, scratch);
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t a = part * m / parts, b = (part + 1) * m / parts;
+                with_constant<SOME>(b - a, [&](auto size) {
+                    for (int64_t i = 0; i < n; i += ROWS)
+                        multiply<size>(scratch.slab.data + i * STRETCH * LANES, xs + a, u, end - u,
+                                       sums + (i * BATCH + a) * LANES);
+                });
+            }
+        }
+        for (int64_t j = 0; j < m; j++) {
+            float found[LANES];
+            for (int64_t i = 0; i < n; i++) found[i] = sum(load(sums + (i * BATCH + j) * LANES));
+            task.put(from + j, r, n, found);
+        }
+    }
+
+    // A row of x in float32, in the order of units, with zeros behind the last column.
+    void spread(int64_t row, float* to) const {
+        memset(to + (units - 1) * LANES, 0, LANES * sizeof(float));
+        const int64_t first = row * job.x_stride;
+        for (int64_t u = 0; u < units; u++) {
+            const int64_t at = u * LANES, count = job.columns - at < LANES ? job.columns - at : LANES;
+            float natural[LANES] = {};
+            store(natural, floats(job.x, job.x_type, first + at, count));
+            for (int l = 0; l < LANES; l++) to[at + l] = natural[E::column(l)];
+        }
+    }
 
     const uint8_t* codes(int64_t expert, int64_t row) const {
         return job.codes + expert * job.codes_expert + row * job.codes_stride;
@@ -137,40 +227,5 @@ template <class E> struct Kernel {
         }
     }
 };
-
-// M rows of x, from a unit on, with ROWS of a slab; sums, in rows of BATCH, are added to.
-template <int M>
-__attribute__((noinline)) void multiply(const float* slab, const float* const* xs, int64_t first, int64_t units,
-                                        float* sums) {
-    F total[ROWS][M];
-    const float* x[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) x[m] = xs[m] + first * LANES;
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) total[r][m] = load(sums + (r * BATCH + m) * LANES);
-    for (int64_t i = 0; i < units * LANES; i += LANES) {
-        F w[ROWS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) w[r] = load(slab + r * STRETCH * LANES + i);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            const F v = load(x[m] + i);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) total[r][m] = multiply_add(w[r], v, total[r][m]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) store(sums + (r * BATCH + m) * LANES, total[r][m]);
-}
-
-// `function` with the number as a constant, from 1 to N.
-template <int N, class Function> inline void with_constant(int64_t n, const Function& function) {
-    if constexpr (N > 1) if (n < N) return with_constant<N - 1>(n, function);
-    function(std::integral_constant<int, N>{});
-}
 
 } // namespace

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxquant.native.job import DTYPES
+from fxquant.native.places import Place
 from fxquant.scheme import DOUBLE_QUANT_BLOCK, SCALE_TYPES, Scheme
 
 _POWER, _SMALL_FLOAT, _TABLE, _INTEGER, NONE = 3, 4, 5, 6, 7
@@ -27,20 +28,20 @@ class Level(ctypes.Structure):
     )
 
 
-def fill_scales(level: Level, planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, stacked: bool) -> None:
+def fill_scales(level: Level, planes: Mapping[str, Place], scheme: Scheme, n: int, k: int, stacked: bool) -> None:
     """Scales, which may be double quantized."""
     _fill(level, planes["scales"], planes.get("scale_scales"), scheme, n, k, stacked)
     if scheme.double:
         outer, offset = planes["scale_scales"], planes["scale_offset"]
-        level.outer, level.type, level.bits, level.table = outer.data_ptr(), _TABLE, 8, dynamic_map().data_ptr()
+        level.outer, level.type, level.bits, level.table = outer.address, _TABLE, 8, dynamic_map().data_ptr()
         level.outer_type, level.outer_rows = DTYPES[outer.dtype], n
-        level.outer_stride, level.outer_expert = 0, outer.stride(0) * outer.element_size() if stacked else 0
+        level.outer_stride, level.outer_expert = 0, outer.rows(stacked)[1]
         level.per = DOUBLE_QUANT_BLOCK
         level.stride = level.flat = k // scheme.block.columns
-        level.offset, level.offset_expert = offset.data_ptr(), offset.stride(0) if stacked else 0
+        level.offset, level.offset_expert = offset.address, offset.strides[0] if stacked else 0
 
 
-def fill_offsets(level: Level, planes: Mapping[str, Tensor], scheme: Scheme, n: int, k: int, stacked: bool) -> None:
+def fill_offsets(level: Level, planes: Mapping[str, Place], scheme: Scheme, n: int, k: int, stacked: bool) -> None:
     """Zeros or biases, or nothing."""
     level.type = level.outer_type = NONE
     if scheme.zero == "bias":
@@ -54,7 +55,7 @@ def fill_offsets(level: Level, planes: Mapping[str, Tensor], scheme: Scheme, n: 
         level.low, level.step = float(spec.low), 1.0
 
 
-def _fill(level: Level, stored: Tensor, outer: Tensor | None, scheme: Scheme, n: int, k: int, stacked: bool) -> None:
+def _fill(level: Level, stored: Place, outer: Place | None, scheme: Scheme, n: int, k: int, stacked: bool) -> None:
     kind = SCALE_TYPES[scheme.scale]
     _place(level, stored, kind.bits, scheme, n, k, stacked)
     level.outer_type = NONE
@@ -69,23 +70,17 @@ def _fill(level: Level, stored: Tensor, outer: Tensor | None, scheme: Scheme, n:
         level.low, level.step = float(kind.low), float(kind.step)
     if scheme.outer is not None and outer is not None:
         large, columns = scheme.outer.block, scheme.block.columns or k
-        level.outer, level.outer_type, level.outer_rows = outer.data_ptr(), DTYPES[outer.dtype], large.rows or n
-        level.outer_stride, level.outer_expert = _strides(outer, stacked)
+        level.outer, level.outer_type, level.outer_rows = outer.address, DTYPES[outer.dtype], large.rows or n
+        level.outer_stride, level.outer_expert = outer.rows(stacked)
         level.per = (large.columns or max(k, columns)) // columns
 
 
-def _place(level: Level, stored: Tensor, bits: int, scheme: Scheme, n: int, k: int, stacked: bool) -> None:
-    level.stored, level.bits, level.per = stored.data_ptr(), bits, 1
+def _place(level: Level, stored: Place, bits: int, scheme: Scheme, n: int, k: int, stacked: bool) -> None:
+    level.stored, level.bits, level.per = stored.address, bits, 1
     level.rows, level.outer_rows = scheme.block.rows or n, n
-    level.stride, level.expert = _strides(stored, stacked)
+    level.stride, level.expert = stored.rows(stacked)
     if scheme.block.flat:
         level.rows, level.stride = 1, k // scheme.block.columns * bits // 8
-
-
-def _strides(plane: Tensor, stacked: bool) -> tuple[int, int]:
-    """Bytes from row to row, and from expert to expert."""
-    size, rows = plane.element_size(), plane.dim() - stacked > 1
-    return plane.stride(-2) * size if rows else 0, plane.stride(0) * size if stacked else 0
 
 
 @functools.cache

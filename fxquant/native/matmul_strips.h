@@ -1,0 +1,189 @@
+// Strips: 128 weights of 4 bits in a row, decoded into 8 vectors. Lane l has the 8 columns from 8 l on, which are 4
+// bytes, so that their fields are the lowest bits of words that begin a byte apart, or are 4 bits further up. Products
+// are scaled where a block or a strip ends, and not weight by weight. For schemes without zeros. A sum has 16 parts,
+// one per lane, each in the order of the strips: other rows of x change no bit.
+
+#ifdef FXQUANT_AVX512
+
+#include <algorithm>
+
+namespace {
+
+// The sum of each of ROWS vectors: halves are added, then quarters, and so on, as `sum` does it.
+inline void sum_rows(const F* v, float* to) {
+    static_assert(ROWS == 4);
+    const auto halves = [&](int i) {
+        const __m512 a = (__m512)v[i], b = (__m512)v[i + 1];
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 a = halves(0), b = halves(2);
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    const __m512 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0x4e)), e = _mm512_add_ps(d, _mm512_permute_ps(d, 0xb1));
+    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, e)));
+}
+
+// What has a scale of its own: a row, whole strips of it, or parts of strips.
+enum class Scaled { ROWS, STRIPS, PARTS };
+
+struct Strips {
+    static constexpr int FEW = 5; // rows of x at once
+    static constexpr int64_t UNITS = 8, WIDTH = UNITS * LANES, BYTES = WIDTH / 2;
+    static constexpr int64_t NEAR = 4, FAR = 8192; // from memory FAR bytes ahead, and from there NEAR strips ahead
+
+    const Product& job;
+    const F values;
+    const int64_t strips, units, bytes, blocks; // of a row
+    const int64_t whole; // strips with 3 bytes of the row behind them, which are read as well
+    const Scaled scaled;
+    const int64_t per, fold; // blocks of a strip; strips whose products are scaled together
+    const int64_t ahead;     // rows that FAR bytes are, or a little more
+    const int64_t room;      // for numbers of a row, of which any strip has a whole vector
+
+    static bool takes(const Product& job) {
+        const bool whole = job.block >= job.columns || job.block % WIDTH == 0;
+        return job.bits == 4 && job.zero == 0 && (whole || WIDTH % job.block == 0);
+    }
+
+    explicit Strips(const Product& j)
+        : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * UNITS),
+          bytes((j.columns + 1) / 2), blocks((j.columns + j.block - 1) / j.block), whole((bytes - 3) / BYTES),
+          scaled(j.block >= j.columns ? Scaled::ROWS : j.block < WIDTH ? Scaled::PARTS : Scaled::STRIPS),
+          per(scaled == Scaled::PARTS ? WIDTH / j.block : 1), fold(std::max<int64_t>(j.block / WIDTH, 1)),
+          ahead((FAR / (strips * BYTES * ROWS) + 1) * ROWS),
+          room(scaled == Scaled::ROWS ? 1 : (blocks + LANES - 1) / LANES * LANES + LANES) {}
+
+    struct Scratch {
+        Buffer<float> scales;
+        Buffer<uint8_t> bytes;
+
+        explicit Scratch(int64_t room) : scales(CHUNK * room + LANES), bytes(room + 128) {}
+    };
+
+    // A row of x in float32: the first column of every lane, then the second, and so on; zeros behind the last one.
+    void spread(int64_t row, float* to) const {
+        for (int64_t s = 0; s < strips; s++, to += WIDTH) {
+            float natural[WIDTH] = {};
+            for (int64_t i = 0; i < WIDTH && s * WIDTH + i < job.columns; i += LANES) {
+                const int64_t at = s * WIDTH + i, count = job.columns - at < LANES ? job.columns - at : LANES;
+                store(natural + i, floats(job.x, job.x_type, row * job.x_stride + at, count));
+            }
+            const __m512i columns = _mm512_slli_epi32((__m512i)lane_numbers(), 3);
+            for (int j = 0; j < UNITS; j++) store(to + j * LANES, (F)_mm512_i32gather_ps(columns, natural + j, 4));
+        }
+    }
+
+    void run(const Task& task, Scratch& scratch) const {
+        for (int64_t row = task.row; row <= task.last; row++) {
+            float* const to = scratch.scales.data + (row - task.row) * room;
+            numbers(job.scales, task.expert, row, blocks, to, scratch.bytes.data);
+            // Columns that are not there have scales as well, which must not be NaN.
+            if (scaled == Scaled::PARTS && job.columns % WIDTH) memset(to + blocks, 0, (room - blocks) * sizeof(float));
+        }
+        task.prefetch_later(job.scales);
+        const int64_t turns = (task.count + FEW - 1) / FEW;
+        for (int64_t turn = 0; turn < turns; turn++) {
+            const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
+            with_constant<FEW>(next - first, [&](auto m) {
+                if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch.scales.data);
+                else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch.scales.data);
+                else few<m, Scaled::PARTS>(task, first, scratch.scales.data);
+            });
+        }
+    }
+
+    template <int M, Scaled SCALED> void few(const Task& task, int64_t first, const float* scales) const {
+        const float* xs[M];
+        float found[M][CHUNK];
+        for (int m = 0; m < M; m++) xs[m] = task.x_row(first + m);
+        for (int64_t row = task.row; row <= task.last; row += ROWS) {
+            F sums[ROWS][M];
+            fused<M, SCALED>(task, row, xs, scales + (row - task.row) * room, sums);
+            for (int m = 0; m < M; m++) {
+                F of_rows[ROWS];
+                for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m];
+                sum_rows(of_rows, found[m] + (row - task.row));
+            }
+        }
+        const int64_t rows = task.last - task.row + 1;
+        for (int m = 0; m < M; m++) {
+            for (int64_t i = 0; SCALED == Scaled::ROWS && i < rows; i++) found[m][i] *= scales[i];
+            task.put(first + m, task.row, rows, found[m]);
+        }
+    }
+
+    // The words of a strip with so many bytes, or more, behind which nothing is read.
+    static U words(const uint8_t* from, int64_t rest) {
+        if (rest >= BYTES) return read<U>(from);
+        uint8_t copy[BYTES] = {};
+        memcpy(copy, from, rest);
+        return read<U>(copy);
+    }
+
+    // Few rows of x with ROWS of the weight, from `row` to the last one or that one again.
+    template <int M, Scaled SCALED>
+    __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
+                                         F (&to)[ROWS][M]) const {
+        F parts[ROWS][M], sums[ROWS][M];
+        const uint8_t* from[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            from[r] = task.codes(row + r < task.last ? row + r : task.last);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) sums[r][m] = parts[r][m] = F{};
+        }
+        const auto strip = [&](int64_t s, auto&& words) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const int64_t at = s * WIDTH + 2 * i * LANES;
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) {
+                    const U fields = words(r, i);
+                    const F w = look_up_low(values, fields), next = look_up_low(values, fields >> 4);
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; m++) {
+                        parts[r][m] = multiply_add(w, load(xs[m] + at), parts[r][m]);
+                        parts[r][m] = multiply_add(next, load(xs[m] + at + LANES), parts[r][m]);
+                    }
+                }
+            }
+        };
+        const U block = as<U>(lane_numbers() * (int)per >> 4); // of every lane
+        const auto scale = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const float* const first = scales + r * room;
+                const F v = SCALED == Scaled::PARTS ? look_up_low(load(first), block) : all(*first);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) sums[r][m] = multiply_add(parts[r][m], v, sums[r][m]), parts[r][m] = F{};
+            }
+            scales += per;
+        };
+        const int64_t later = task.later(row, ahead);
+        int64_t s = 0, left = fold;
+        for (; s < whole; s++) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                __builtin_prefetch(from[r] + later + s * BYTES, 0, 2);
+                __builtin_prefetch(from[r] + (s + NEAR) * BYTES, 0, 3);
+            }
+            strip(s, [&](int r, int i) { return read<U>(from[r] + s * BYTES + i); });
+            if (SCALED == Scaled::PARTS || (SCALED == Scaled::STRIPS && --left == 0)) scale(), left = fold;
+        }
+        for (; s < strips; s++) {
+            U last[ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) last[r] = words(from[r] + s * BYTES, bytes - s * BYTES);
+            strip(s, [&](int r, int i) { return last[r] >> 8 * i; });
+            if (SCALED == Scaled::PARTS || (SCALED == Scaled::STRIPS && (--left == 0 || s == strips - 1)))
+                scale(), left = fold;
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) to[r][m] = SCALED == Scaled::ROWS ? parts[r][m] : sums[r][m];
+    }
+};
+
+} // namespace
+
+#endif
