@@ -59,7 +59,8 @@ def integers(
     They have the bits of its codes, at least 4 where those are no plain integers, or the next larger number of bits
     that there is, or else the largest. Groups are its own; where those are no equal parts of a row, or the row is one
     group of codes below 8 bits that were no integers or had more bits, the largest power of two from 16 to 128 within
-    them that divides K. Plain symmetric integers stay symmetric, and 8 bits for others are so; all else gets zero points.
+    them that divides K. Plain symmetric integers stay symmetric, and 8 bits for others are so; all else gets zero
+    points.
 
     Args:
         scheme: of the weight.

@@ -18,12 +18,14 @@ from fxquant.tables import Table
 
 HEAD = """# What `fxquant.convert` makes of quantized checkpoints
 
-Made by `python tests/benchmarks/convert_table.py FOLDER --markdown`, on {count} tiny random models that other libraries quantized.
+Made by `python tests/benchmarks/convert_table.py FOLDER --markdown`, on {count} tiny random models that other libraries
+quantized.
 
 * **exact**: every weight is bit for bit what it was, also where its scheme has another name in the other format.
-* A number is the largest relative squared error that was added to a weight, which was quantized again in the scheme behind it: the
-  one of that format that is nearest to its own.
-* **full precision**: the format has no place for such a weight. **-**: the format is for models of another architecture.
+* A number is the largest relative squared error that was added to a weight, which was quantized again in the scheme
+  behind it: the one of that format that is nearest to its own.
+* **full precision**: the format has no place for such a weight.
+* **-**: the format is for models of another architecture.
 
 | from | {formats} |
 | --- |{rules}

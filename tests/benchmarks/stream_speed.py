@@ -1,4 +1,4 @@
-"""How fast a checkpoint is quantized tensor by tensor, and in how much memory: `python tests/benchmarks/stream_speed.py`.
+"""How fast a checkpoint is quantized tensor by tensor, in how much memory: `python tests/benchmarks/stream_speed.py`.
 
 Writes a Llama of random bfloat16 weights in shards (4 GB by default; the folder needs twice that), quantizes it from a
 warm cache in a process of its own, once without interruption and once killed twice, and compares the files.
