@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ def _directory(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
     config = copy.deepcopy(load_config(path))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if dtype is not None:
-        config.dtype = dtype
+    if dtype is not None or config.dtype is None:
+        config.dtype = dtype or _dtype(files.headers.values())
     _, stored = find_weights(files)
     return CheckpointSource(
         path=path,
@@ -80,6 +81,15 @@ def _directory(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
     )
 
 
+def _dtype(headers: Iterable[TensorHeader]) -> torch.dtype:
+    """That of most bytes among tensors of plain floats."""
+    sizes: Counter[torch.dtype] = Counter()
+    for header in headers:
+        if header.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            sizes[header.dtype] += header.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
 def _gguf(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
     import transformers
 
@@ -89,7 +99,10 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> CheckpointSource:
     with as_file_error(f"the metadata of {path} describes no model"):
         config = transformers.AutoConfig.for_model(**described)
     wanted = dtype or config.dtype
-    wanted = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
+    embeddings = file.headers.get("token_embd.weight")
+    if not isinstance(wanted, torch.dtype):
+        # What is not quantized stays exact, as long as that is not for norms alone, which are float32 in all files.
+        wanted = torch.float32 if embeddings is not None and embeddings.type_name == "F32" else torch.bfloat16
     config.dtype = wanted
 
     def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from fxquant.codecs import dequantize, squared_error
 from fxquant.conversion_choices import Choices, Reading, choose
 from fxquant.conversion_report import Conversion, Converted
 from fxquant.conversion_targets import GGUF, OWN, Target, check_format, target
-from fxquant.errors import FileError
+from fxquant.errors import FileError, RecipeError
 from fxquant.gguf import gguf_tokenizer, open_gguf
 from fxquant.install import Record, remember
 from fxquant.model_files import check_target
@@ -73,17 +73,22 @@ def convert(
         RecipeError, SchemeError: as for `quantize`.
     """
     check_format(to)
+    if recipe is None and (exclude or requantize):
+        raise RecipeError("exclude and requantize are about what a recipe does: give one, such as recipe='int4'")
     place = Path(out)
     _check_place(Path(path), place, to, force)
     resolved = None if recipe is None else Recipe.resolve(recipe)
     stored = open_stored(path)
+    if place.is_file() and any(place.samefile(header.file) for header in stored.source.headers.values()):
+        raise FileError(f"{out} is what is to be read: give another place to write to")
     if resolved is not None and stored.matrices and not requantize:
         raise FileError(
             f"{path} is quantized already: {len(stored.matrices)} matrices, {next(iter(stored.matrices))} first\n"
             "  give the checkpoint in full precision; requantize=True, or --requantize, decodes this one"
         )
     choices = choose(stored, to, resolved.excluding(exclude) if resolved and exclude else resolved, progress=progress)
-    text = "" if resolved is None else str(recipe)
+    text = ", ".join(f"{rule.match}={rule.target}" for rule in recipe.rules) if isinstance(recipe, Recipe) else recipe
+    text = "" if text is None else str(text)
     tokenizer, notes = _tokenizer(stored.source.path)
     made = target(
         to,

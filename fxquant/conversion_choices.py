@@ -15,6 +15,7 @@ from fxquant.conversion_targets import fits
 from fxquant.errors import FileError, ModelError, SchemeError
 from fxquant.expert_layouts import as_stack
 from fxquant.experts import ExpertSite, find_experts
+from fxquant.foreign_limits import check_experts, kept_linears
 from fxquant.full_weights import FullWeight, full_weights
 from fxquant.linears import LinearSite, find_linears
 from fxquant.planning import plan_for
@@ -150,6 +151,8 @@ def choose(stored: Stored, to: str, recipe: Recipe | None, *, progress: bool) ->
         plan = _plan(stored, recipe)
         matrices, searches = _planned(stored, plan, weights)
     found = fits(to, {matrix.name: matrix for matrix in matrices}, stored.source.config.model_type)
+    found = {**found, **kept_linears(to, stored.model, matrices)}
+    check_experts(to, stored.names, [m for m in matrices if found[m.name].scheme is not None], str(stored.source.path))
     written, choices = {}, []
     dtype = str(stored.source.config.dtype).removeprefix("torch.")
     for matrix in matrices:
@@ -222,7 +225,7 @@ def _plain(stored: Stored, weights: Mapping[str, FullWeight], written: set[str])
     left = {
         own
         for own, weight in weights.items()
-        if own not in written and (not weight.sources or consumed.intersection(weight.sources))
+        if own not in written and not weight.tied and (not weight.sources or consumed.intersection(weight.sources))
     }
     for linear in find_linears(stored.model):
         if linear.name in left:

@@ -105,6 +105,7 @@ def _own_texts(own: OwnFormat, generation_config: Any, tokenizer: Any, folder: P
     if generation_config is not None:
         model.generation_config = generation_config
     write_texts(folder, model, config_of(model), own.index, tokenizer)
+    _copy_texts(own.contents.path, folder)
 
 
 def _directory(contents: Contents, writer: Writer, shard_size: int, tokenizer: Any) -> Target:
@@ -117,14 +118,21 @@ def _directory_texts(contents: Contents, quantization: Mapping[str, Any], tokeni
     contents.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"architectures": [type(contents.model).__name__], "quantization_config": dict(quantization)}
+    ties = getattr(contents.model, "all_tied_weights_keys", {})
+    if any(f"{matrix.own}.weight" in ties for matrix in contents.matrices.values()):
+        config["tie_word_embeddings"] = False  # what is quantized is a tensor of its own
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if contents.path.is_dir():
-        for pattern in _TEXTS:
-            for file in sorted(contents.path.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
-    elif tokenizer is not None:
+    if not contents.path.is_dir() and tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _copy_texts(contents.path, folder)
+
+
+def _copy_texts(source: Path, folder: Path) -> None:
+    """Tokenizers, processors and templates as they are, where they were not written already."""
+    for pattern in _TEXTS if source.is_dir() else ():
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
 
 
 def _gguf(contents: Contents, file: str) -> Target:

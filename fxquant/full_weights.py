@@ -26,7 +26,9 @@ class FullWeight:
     name: str
     """Of its module, as the checkpoint calls it; as the model does, where the checkpoint holds it with others."""
     sources: tuple[str, ...]
-    """The plain tensors that hold it, alone or with others; none where it is quantized."""
+    """The plain tensors that hold it, alone or with others; none where it is quantized or tied."""
+    tied: bool
+    """It is another tensor of the model, which stays."""
     alone: bool
     """It is one plain tensor, `<name>.weight`, and nothing else is in that."""
     nbytes: int
@@ -86,28 +88,33 @@ class _Finder:
             scheme, planes = self.stored.planes(own)
             return dequantize(planes, scheme, *self.stored.shapes[own], place.dtype)
 
-        return FullWeight(stored.name, (), False, self.stored.nbytes(own), read)
+        return FullWeight(stored.name, (), False, False, self.stored.nbytes(own), read)
 
     def _linear(self, site: LinearSite) -> FullWeight | None:
-        keys = [f"{alias}.weight" for alias in site.aliases if f"{alias}.weight" in self._groups]
+        names = [f"{alias}.weight" for alias in site.aliases]
+        keys = [name for name in names if name in self._groups]
+        ties: Mapping[str, str] = getattr(self.stored.model, "all_tied_weights_keys", {})
+        tied = not keys
+        keys = keys or [ties[name] for name in names if ties.get(name) in self._groups]
         if not keys:
             return None
         group, dtype = self._groups[keys[0]], site.weight.dtype
-        alone = group.by_name and group.sources[0].endswith(".weight")
+        alone = group.by_name and group.sources[0].endswith(".weight") and not tied
         name = group.sources[0].removesuffix(".weight") if alone else site.name
 
         def read() -> Tensor:
             weight = self._parameter(keys[0], shared=False).to(dtype)
             return weight.t() if site.transposed else weight
 
-        return FullWeight(name, group.sources, alone, self._nbytes(group.sources) // len(group.keys), read)
+        sources, nbytes = () if tied else group.sources, self._nbytes(group.sources) // len(group.keys)
+        return FullWeight(name, sources, tied, alone, nbytes, read)
 
     def _expert(self, site: ExpertSite, own: str, e: int, projection: Projection, place: Tensor) -> FullWeight | None:
         if own in self._single:
             name = self._single[own]
             tensor = self.stored.plain[name]
             return FullWeight(
-                name.removesuffix(".weight"), (name,), True, tensor.nbytes, lambda: tensor[...].to(place.dtype)
+                name.removesuffix(".weight"), (name,), False, True, tensor.nbytes, lambda: tensor[...].to(place.dtype)
             )
         keys = [f"{alias}.{projection.parameter}".lstrip(".") for alias in site.aliases]
         key = next((key for key in keys if key in self._groups), None)
@@ -120,7 +127,7 @@ class _Finder:
             matrix = self._slice(key, layout, projection.parameter, e, place)
             return matrix[projection.rows(matrix.shape[0])].to(place.dtype)
 
-        return FullWeight(own, group.sources, False, share, read)
+        return FullWeight(own, group.sources, False, False, share, read)
 
     def _slice(self, key: str, layout: ExpertsLayout, parameter: str, e: int, place: Tensor) -> Tensor:
         """All rows of one expert in a parameter; of one that is in the files as it is, nothing else is read."""

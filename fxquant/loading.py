@@ -20,11 +20,19 @@ from fxquant.integrations.transformers import attach
 from fxquant.linears import LinearSite, find_linears
 from fxquant.model_files import is_model_directory, read_model
 from fxquant.modules import QLinear
-from fxquant.pretrained import check_size, load_generation_config, model_class, skeleton
+from fxquant.own_source import is_own
+from fxquant.pretrained import (
+    as_file_error,
+    check_size,
+    load_config,
+    load_generation_config,
+    model_class,
+    skeleton,
+)
 from fxquant.progress import bytes_progress
 from fxquant.scheme import Scheme
 from fxquant.stored_matrices import read_matrix, refuse, stored_matrices
-from fxquant.transformers_weights import Names
+from fxquant.transformers_weights import Names, untie
 
 
 def load(
@@ -55,6 +63,10 @@ def load(
     if is_model_directory(path):
         model = read_model(path).to(device)
         model = model if dtype is None else model.to(dtype)
+    elif is_own(path):  # by transformers, which knows how
+        kind: Any = model_class(load_config(path))
+        with as_file_error(f"cannot load {path}"):
+            model = kind.from_pretrained(path, dtype=dtype or "auto").to(device)
     else:
         model = _load(open_source(path, dtype), torch.device(device), progress)
     attach(model)
@@ -80,6 +92,7 @@ def _load(source: CheckpointSource, device: torch.device, progress: bool) -> nn.
                 for used in _install_experts(source, model, site, own, kept, device):
                     del plain[used]
                 done(sum(map(source.nbytes, own.values())), site.name)
+        untie(model)
         missing, unexpected = names.load(plain, device)
     refuse("lacks weights of the model", source.path, missing)
     refuse("holds tensors that the model does not have", source.path, unexpected)

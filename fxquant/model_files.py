@@ -35,6 +35,7 @@ from fxquant.modules import QLinear
 from fxquant.pretrained import check_size, load_config, load_generation_config, model_class, skeleton
 from fxquant.scheme import Scheme
 from fxquant.tensor_files import SHARD_SIZE
+from fxquant.transformers_weights import untie
 
 
 def is_model_directory(path: str | os.PathLike[str]) -> bool:
@@ -51,6 +52,8 @@ def check_target(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """
     target = Path(path)
     parent = target.absolute().parent
+    if target.absolute().resolve() == Path.cwd():
+        raise FileError(f"{target} is the directory that this process is in: give one within it, or another path")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FileError(f"{target} exists and is not a directory: give another path")
     if target.is_dir() and any(target.iterdir()):
@@ -177,6 +180,7 @@ def put_quantized(model: nn.Module, index: Index) -> None:
         made |= dict.fromkeys(stacks[name].aliases, _experts(index, name, stacks[name]))
     for name, module in made.items():
         model.set_submodule(name, module)
+    untie(model)
 
 
 def _experts(index: Index, name: str, site: ExpertSite) -> QExperts:

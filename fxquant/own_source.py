@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.checkpoint_files import CheckpointFiles, LazyTensor, TensorHeader, read_headers
+from fxquant.checkpoint_files import (
+    CheckpointFiles,
+    LazyTensor,
+    TensorHeader,
+    open_checkpoint,
+    read_headers,
+    read_json,
+)
 from fxquant.checkpoint_sources import CheckpointSource
 from fxquant.checkpoints.source import Planes, Source
 from fxquant.checkpoints.stored import Piece, StoredWeight
@@ -22,13 +29,14 @@ from fxquant.expert_layouts import expert_name
 from fxquant.expert_matmul import PLAIN
 from fxquant.expert_modules import QExperts
 from fxquant.expert_stacks import Stack
-from fxquant.model_files import build
-from fxquant.model_index import read_index
+from fxquant.model_files import build, is_model_directory
+from fxquant.model_index import Index, index_from, read_index
 from fxquant.model_tensors import weight_files
 from fxquant.modules import QLinear
 from fxquant.pretrained import load_config
 from fxquant.scheme import Scheme
 from fxquant.stored_matrices import refuse
+from fxquant.transformers_weights import replaced_parameters
 
 
 def own_source(path: str | os.PathLike[str]) -> CheckpointSource:
@@ -40,13 +48,12 @@ def own_source(path: str | os.PathLike[str]) -> CheckpointSource:
     Raises:
         FileError: it is not what it should be.
     """
-    folder, index = Path(path), read_index(path)
-    headers: dict[str, TensorHeader] = {}
-    for file in weight_files(folder):
-        for name, header in read_headers(file, {}):
-            if name in headers:
-                raise FileError(f"{folder}: {name} is in more than one file")
-            headers[name] = header
+    folder = Path(path)
+    if is_model_directory(path):
+        index, headers = read_index(path), _headers(folder)
+    else:
+        files = open_checkpoint(folder)
+        index, headers = _index_of_config(files), dict(files.headers)
     config = copy.deepcopy(load_config(path))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -62,6 +69,35 @@ def own_source(path: str | os.PathLike[str]) -> CheckpointSource:
         weights=lambda _: list(_weights(model)),
         plain=lambda _, claimed: _plain(files, model),
     )
+
+
+def is_own(path: str | os.PathLike[str]) -> bool:
+    """Whether fxquant wrote a directory: `save`, or transformers' `save_pretrained` of a quantized model."""
+    if is_model_directory(path):
+        return True
+    config = Path(path) / "config.json"
+    said = read_json(config).get("quantization_config") if config.is_file() else None
+    return isinstance(said, dict) and said.get("quant_method") == "fxquant" and "modules" in said
+
+
+def _headers(folder: Path) -> dict[str, TensorHeader]:
+    headers: dict[str, TensorHeader] = {}
+    for file in weight_files(folder):
+        for name, header in read_headers(file, {}):
+            if name in headers:
+                raise FileError(f"{folder}: {name} is in more than one file")
+            headers[name] = header
+    return headers
+
+
+def _index_of_config(files: CheckpointFiles) -> Index:
+    """What is quantized, as the config says it that transformers wrote."""
+    said: Any = files.config.get("quantization_config")
+    modules = said.get("modules") if isinstance(said, dict) else None
+    if not isinstance(modules, dict):
+        raise FileError(f"{files.path}: the quantization_config does not tell which modules are quantized")
+    data = {"recipe": "", **modules, "format": said.get("format"), "shared": {}}
+    return index_from(data, str(files.path / "config.json"))
 
 
 def _weights(model: nn.Module) -> Iterator[StoredWeight]:
@@ -122,9 +158,8 @@ def _plain(files: CheckpointFiles, model: nn.Module) -> dict[str, LazyTensor]:
         if name in state and name not in planes:
             found[renamed.get(name, name)] = files.lazy(name)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    refuse(
-        "holds tensors that the model does not have", files.path, files.headers.keys() - buffers.keys() - state.keys()
-    )
+    known = buffers.keys() | state.keys() | set(replaced_parameters(model))  # of these, save_pretrained writes markers
+    refuse("holds tensors that the model does not have", files.path, files.headers.keys() - known)
     return found
 
 

@@ -14,8 +14,7 @@ from fxquant.checkpoints.stored import StoredWeight
 from fxquant.experts import find_experts
 from fxquant.gguf import GgufTensor
 from fxquant.linears import find_linears
-from fxquant.model_files import is_model_directory
-from fxquant.own_source import own_source
+from fxquant.own_source import is_own, own_source
 from fxquant.pretrained import check_size, model_class, skeleton
 from fxquant.scheme import Scheme
 from fxquant.stored_matrices import read_matrix, stored_matrices
@@ -69,7 +68,7 @@ def open_stored(path: str | os.PathLike[str]) -> Stored:
     Raises:
         CheckpointError, FileError: it cannot be read, or does not fit the model of its config.
     """
-    source = own_source(path) if is_model_directory(path) else open_source(path)
+    source = own_source(path) if is_own(path) else open_source(path)
     model = skeleton(model_class(source.config), source.config, tensors=len(source.headers))
     check_size(model, sum(header.nbytes for header in source.headers.values()), str(source.path))
     names = Names(model)

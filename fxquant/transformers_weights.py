@@ -6,8 +6,9 @@ Uses `transformers.core_model_loading` and `conversion_mapping` (5.23), which `f
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +30,8 @@ class Names:
 
     model: Any
     """Without weights."""
+    _alone: threading.Lock = field(default_factory=threading.Lock)
+    """`convert` puts tensors into the model and takes them out again."""
 
     @cached_property
     def _transforms(self) -> tuple[list[Any], list[Any]]:
@@ -130,7 +133,7 @@ class Names:
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
             if info.mismatched_keys or info.conversion_errors:
                 raise FileError(_fault(info))
-            self.model.tie_weights()
+            self.model.tie_weights(recompute_mapping=False)
             self.model._adjust_missing_and_unexpected_keys(info)
         # A norm that is missing is no empty tensor: the skeleton has made it, of ones.
         tied = set(getattr(self.model, "all_tied_weights_keys", {}))
@@ -148,17 +151,39 @@ class Names:
         Raises:
             FileError: they have other shapes than the model's, or cannot be converted.
         """
-        self.model.tie_weights()
-        before = dict(self.model.state_dict(keep_vars=True))
-        try:
-            self.load(tensors, next(iter(tensors.values())).device)
-            after = self.model.state_dict(keep_vars=True)
-            return {name: tensor.detach() for name, tensor in after.items() if tensor is not before[name]}
-        finally:
-            for name, tensor in before.items():
-                owner, _, leaf = name.rpartition(".")
-                module = self.model.get_submodule(owner)
-                (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
+        with self._alone:
+            self.model.tie_weights(recompute_mapping=False)
+            before = dict(self.model.state_dict(keep_vars=True))
+            try:
+                self.load(tensors, next(iter(tensors.values())).device)
+                after = self.model.state_dict(keep_vars=True)
+                return {name: tensor.detach() for name, tensor in after.items() if tensor is not before[name]}
+            finally:
+                for name, tensor in before.items():
+                    owner, _, leaf = name.rpartition(".")
+                    module = self.model.get_submodule(owner)
+                    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
+
+
+def replaced_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that a model would have if nothing of it were quantized, and does not have."""
+    names = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QLinear):
+            names.append(f"{name}.weight")
+        elif isinstance(module, QExperts):
+            stored = {stack.parameter for stack in module.stacks if not stack.whole}
+            names += [f"{name}.{parameter}" for parameter in sorted(stored)]
+    return names
+
+
+def untie(model: Any) -> None:
+    """Nothing is tied to a weight that is planes, though the class of the model may have it so."""
+    own = set(replaced_parameters(model))
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if ties:
+        left = {target: source for target, source in ties.items() if not own & {target, source}}
+        model.all_tied_weights_keys = left
 
 
 def _fault(info: Any) -> str:

@@ -79,7 +79,7 @@ class Unfinished:
 def open_unfinished(target: Path, plan: FilePlan, identity: Mapping[str, Any]) -> Iterator[Unfinished]:
     """The directory in which `target` is made.
 
-    When the block ends by an error of this package, it is removed; by any other, it is left, to be gone on with.
+    When the block ends by an error that will be so again, it is removed; by any other, it is left, to be gone on with.
 
     Args:
         target: where it is to be in the end.
@@ -108,11 +108,18 @@ def open_unfinished(target: Path, plan: FilePlan, identity: Mapping[str, Any]) -
                 yield found
             finally:
                 found.sync()
-    except FxquantError:  # it would be so again
-        shutil.rmtree(folder, ignore_errors=True)
+    except FxquantError as error:
+        # What a file says would be so again; a file that cannot be read now may be readable later.
+        if not isinstance(error, FileError) or not _read_anything(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         lock.release()
+
+
+def _read_anything(folder: Path) -> bool:
+    journal = folder / JOURNAL
+    return journal.is_file() and journal.read_text(encoding="utf-8").count("\n") > 1
 
 
 def unfinished_path(target: Path) -> Path:

@@ -50,7 +50,7 @@ FLOORS: list[set[str]] = [
         "stored_matrices",
     },
     {"compiler", "unused_rules", "model_report", "model_files", "expert_plans"},
-    {"select", "own_source", "own_writer"},
+    {"select", "own_source", "own_writer", "foreign_limits"},
     {"planning", "stored_models", "conversion_targets"},
     {"integrations", "full_weights", "inspection"},
     {"api", "loading"},

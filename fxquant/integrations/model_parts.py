@@ -22,18 +22,6 @@ def quantized_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def replaced_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that a model would have if nothing of it were quantized, and does not have."""
-    names = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QLinear):
-            names.append(f"{name}.weight")
-        elif isinstance(module, QExperts):
-            stored = {stack.parameter for stack in module.stacks if not stack.whole}
-            names += [f"{name}.{parameter}" for parameter in sorted(stored)]
-    return names
-
-
 def mark_initialised(module: QLinear | QExperts) -> None:
     """Keep transformers from initialising a quantized module as what it takes it for.
 

@@ -38,7 +38,7 @@ from fxquant.expert_modules import QExperts
 from fxquant.install import record_of, uninstall
 from fxquant.integrations.arrivals import Arrivals
 from fxquant.integrations.checkpoint_checks import check_planes, for_model, headers_of, refuse_packed
-from fxquant.integrations.model_parts import mark_initialised, quantized_tensors, replaced_parameters
+from fxquant.integrations.model_parts import mark_initialised, quantized_tensors
 from fxquant.integrations.recipe_data import recipe_from
 from fxquant.integrations.transformers_config import NAME, FxQuantConfig
 from fxquant.model_files import put_quantized
@@ -46,6 +46,7 @@ from fxquant.model_index import FORMAT, quantized_modules
 from fxquant.modules import QLinear
 from fxquant.planning import plan_for
 from fxquant.rewrite import History
+from fxquant.transformers_weights import replaced_parameters, untie
 
 __all__ = ["FxQuantConfig", "FxQuantizer"]
 _LOADED = "the weights were quantized one by one while transformers loaded them: no pass has run over a graph"
@@ -130,7 +131,7 @@ class FxQuantizer(HfQuantizer):
         markers = "|".join(re.escape(name) for name in replaced_parameters(model))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"^(?:{markers})$"}
-        _untie(model)
+        untie(model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is to be quantized when it comes."""
@@ -171,7 +172,7 @@ class FxQuantizer(HfQuantizer):
 
     def _take(self, model: Any) -> None:
         """Make `save_pretrained` ask for what is to be written."""
-        _untie(model)
+        untie(model)
         self._describe(model)
         # Checkpoints of some models have other names than the model; no name of a plane is to be taken for one of them.
         self._conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
@@ -248,13 +249,6 @@ def _check_members(model: nn.Module) -> None:
         problem = module.members_problem() if isinstance(module, QExperts) else None
         if problem:
             raise FileError(f"the checkpoint contradicts its config: {name}: {problem}")
-
-
-def _untie(model: Any) -> None:
-    """Nothing is tied to a weight that is planes, though the class of the model may have it so."""
-    own = set(replaced_parameters(model))
-    ties = model.all_tied_weights_keys.items()
-    model.all_tied_weights_keys = {target: source for target, source in ties if not own & {target, source}}
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ quantized.
 * A number is the largest relative squared error that was added to a weight, which was quantized again in the scheme
   behind it: the one of that format that is nearest to its own.
 * **full precision**: the format has no place for such a weight.
-* **-**: the format is for models of another architecture.
+* **-**: the format is for models of another architecture, or transformers cannot read experts in it.
 
 | from | {formats} |
 | --- |{rules}
@@ -57,7 +57,7 @@ def rows_of(folder: Path) -> list[tuple[str, ...]]:
                     )
                     cells.append(outcome(done))
                 except FileError as error:
-                    cells.append("-" if to == "gpt-oss" else str(error).splitlines()[0])
+                    cells.append("-" if to == "gpt-oss" or "matrices of experts" in str(error) else str(error))
         rows.append((json.loads(meta.read_text())["format"], *cells))
     return sorted(rows)
 
