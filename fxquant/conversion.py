@@ -237,4 +237,4 @@ def _report(
         )
         for one in choices.choices
     ]
-    return Conversion(str(place), to, tuple(rows), made.plan.nbytes, notes + made.notes, made.model)
+    return Conversion(str(place), to, tuple(rows), made.plan.nbytes, notes + choices.notes + made.notes, made.model)

@@ -15,7 +15,7 @@ from fxquant.conversion_targets import fits
 from fxquant.errors import FileError, ModelError, SchemeError
 from fxquant.expert_layouts import as_stack
 from fxquant.experts import ExpertSite, find_experts
-from fxquant.foreign_limits import check_experts, kept_linears
+from fxquant.foreign_limits import experts_note, kept_linears
 from fxquant.full_weights import FullWeight, full_weights
 from fxquant.linears import LinearSite, find_linears
 from fxquant.planning import plan_for
@@ -82,6 +82,8 @@ class Choices:
     """By what the model calls them."""
     searches: Mapping[str, ScaleSearch]
     """How scales are chosen where a weight is quantized by the recipe, likewise."""
+    notes: tuple[str, ...] = ()
+    """What to say of the result."""
 
     def nbytes(self, name: str) -> int:
         """Bytes that are read for a matrix or a plain tensor."""
@@ -152,7 +154,8 @@ def choose(stored: Stored, to: str, recipe: Recipe | None, *, progress: bool) ->
         matrices, searches = _planned(stored, plan, weights)
     found = fits(to, {matrix.name: matrix for matrix in matrices}, stored.source.config.model_type)
     found = {**found, **kept_linears(to, stored.model, matrices)}
-    check_experts(to, stored.names, [m for m in matrices if found[m.name].scheme is not None], str(stored.source.path))
+    quantized = [matrix for matrix in matrices if found[matrix.name].scheme is not None]
+    notes = experts_note(to, stored.names, quantized, str(stored.source.path))
     written, choices = {}, []
     dtype = str(stored.source.config.dtype).removeprefix("torch.")
     for matrix in matrices:
@@ -165,7 +168,7 @@ def choose(stored: Stored, to: str, recipe: Recipe | None, *, progress: bool) ->
     plain = _plain(stored, weights, {matrix.own for matrix in written.values()})
     specs = {name: PlaneSpec(tuple(one.shape), one.dtype) for name, one in plain.items()}
     contents = Contents(stored.source.path, stored.source.config, stored.model, written, specs)
-    return Choices(stored, contents, tuple(choices), plan, plain, weights, searches)
+    return Choices(stored, contents, tuple(choices), plan, plain, weights, searches, notes)
 
 
 def _as_stored(stored: Stored, progress: bool) -> list[Matrix]:

@@ -41,25 +41,24 @@ def kept_linears(to: str, model: nn.Module, matrices: Iterable[Matrix]) -> dict[
     return found
 
 
-def check_experts(to: str, names: Names, matrices: Iterable[Matrix], place: str) -> None:
-    """Refuse experts that transformers would fill with random numbers, or stumble over.
-
-    Of bitsandbytes it reads none, of compressed-tensors those that it stacks out of single linears.
+def experts_note(to: str, names: Names, matrices: Iterable[Matrix], place: str) -> tuple[str, ...]:
+    """What to say of experts that transformers would fill with random numbers: those that it does not stack itself.
 
     Raises:
-        FileError: there are such.
+        FileError: the format is bitsandbytes, of which nothing reads experts.
     """
-    if to not in (_BITSANDBYTES, _COMPRESSED):
-        return
     experts = {name for site in find_experts(names.model) for name, _, _ in site.linears()}
-    strange = [
-        matrix.name
-        for matrix in matrices
-        if matrix.own in experts and (to == _BITSANDBYTES or names.renamed(f"{matrix.name}.weight")[1] is None)
-    ]
-    if strange:
+    found = [matrix.name for matrix in matrices if matrix.own in experts]
+    if to == _BITSANDBYTES and found:
         raise FileError(
-            f"{place} has {len(strange)} matrices of experts, which transformers cannot read in {to}\n"
-            f"  {strange[0]} is one\n"
-            "  leave them out of the recipe (-x '*.experts.*'), or choose fxquant, gguf or, for gpt-oss, gpt-oss"
+            f"{place} has {len(found)} matrices of experts, which transformers cannot read in {to}\n"
+            f"  {found[0]} is one\n"
+            "  leave them out of the recipe (-x '*.experts.*'), or choose another format"
         )
+    strange = [name for name in found if names.renamed(f"{name}.weight")[1] is None]
+    if to != _COMPRESSED or not strange:
+        return ()
+    return (
+        f"transformers does not read {len(strange)} matrices of experts in {to}, such as {strange[0]}: it would fill "
+        "them with random numbers, after a warning; fxquant.load reads them",
+    )
