@@ -82,6 +82,12 @@ def linear(
             for i, (part, n) in enumerate(zip(parts, rows, strict=True))
         ]
         return _side_by_side(outputs)
+    compiled = [
+        native.linear(x, part, parsed, n, _bias(biases, i, torch.float32))
+        for i, (part, n) in enumerate(zip(parts, rows, strict=True))
+    ]
+    if all(y is not None for y in compiled):
+        return _side_by_side([y for y in compiled if y is not None])
     if not activation.static:
         return _on_codes(x, *encode_activation(x, activation), parts, biases, parsed, rows)
     outputs = [

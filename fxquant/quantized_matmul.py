@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant import native
 from fxquant.activation_codecs import dequantize_activation, outlier_features
 from fxquant.codecs import dequantize
 from fxquant.scheme import FLOAT_SCALES, ROW, TENSOR, Activation, Scheme
@@ -41,6 +42,8 @@ def multiply(
     activation = scheme.activation
     assert activation is not None
     k = x.shape[-1]
+    if (done := native.linear_on_codes(codes, scales, planes, scheme, n, bias, x.dtype)) is not None:
+        return done
     if _multiplies_integers(scheme, x.device, n, k):
         y = _integer_product(x, codes, scales, planes, activation)
     else:

@@ -23,6 +23,7 @@ from fxquant.scheme import Scheme
 SPELLINGS = {
     "int4-row": 1, "int4-g128": 128, "int4-g32": 32, "int4-g16": 16, "nf4-g64": 64, "uint4-g32-bias": 32, "mxfp4": 32,
     "int2-g16": 16, "int3-g32": 32, "int5-g32": 32, "int6-row": 1, "int8-row": 1, "fp8-g64-fp16": 64, "q4_k": 256,
+    "int4-g128+int8": 128, "int4-g32+int8": 32, "int4-row-asym+int8": 1, "int3-g32+int8": 32, "int8-row+int8": 1,
 }  # fmt: skip
 WIDTHS = (1, 2, 30, 130, 132, 133, 134, 256, 768)
 _NO_ACCESS = 0

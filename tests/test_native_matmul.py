@@ -35,7 +35,16 @@ COVERED = {
     "nf4-dq": 64, "fp4-dq": 64, "q2_k": 256, "q3_k": 256, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_xs": 256,
     "q4_0": 32, "q8_0": 32, "e2m1-g16-e4m3": 16, "uint4-g32-bias-u4*bf16.g128": 128, "int6-g16-i8*fp32": 16,
 }  # fmt: skip
-NOT_COVERED = ("int4-g8", "int4-g24", "int4-flat100", "trit-g10", "vq8.8x8-fp16", "nf4-g64-colbias", "int4+int8")
+NOT_COVERED = (
+    "int4-g8",
+    "int4-g24",
+    "int4-flat100",
+    "trit-g10",
+    "vq8.8x8-fp16",
+    "nf4-g64-colbias",
+    "nf4+int8",
+    "int8-row+int8-outlier6",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -6,8 +6,8 @@ Compiled on first use by Inductor, into Inductor's cache. Without a C++ compiler
 from fxquant.native.dequantize import dequantize
 from fxquant.native.gated import gated_experts
 from fxquant.native.library import from_size
-from fxquant.native.matmul import experts, linear
+from fxquant.native.matmul import experts, linear, linear_on_codes
 from fxquant.native.quantize import quantize
 from fxquant.native.squares import squares
 
-__all__ = ["dequantize", "experts", "from_size", "gated_experts", "linear", "quantize", "squares"]
+__all__ = ["dequantize", "experts", "from_size", "gated_experts", "linear", "linear_on_codes", "quantize", "squares"]

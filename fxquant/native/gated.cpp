@@ -26,7 +26,7 @@ extern "C" void fxquant_gated_experts(const Gated* job) {
     const int64_t slots = first.slots, inner = second.columns, rows = second.rows, picks = first.picks;
     const int64_t width = (inner + LANES - 1) / LANES * LANES;
     Buffer<float> both(slots * 2 * inner), middle(slots * width), outputs(slots * rows);
-    first.y = both.data, first.dtype = 0;
+    first.y = both.data, first.dtype = 0, first.y_stride = 2 * inner;
     fxquant_multiply(&first);
 #pragma omp parallel for num_threads(first.threads) if (first.threads > 1)
     for (int64_t slot = 0; slot < slots; slot++) {
@@ -38,7 +38,7 @@ extern "C" void fxquant_gated_experts(const Gated* job) {
         }
     }
     second.x = middle.data, second.x_type = 0, second.x_stride = width;
-    second.y = outputs.data, second.dtype = 0;
+    second.y = outputs.data, second.dtype = 0, second.y_stride = rows;
     second.slots = slots, second.picks = 1, second.ids = first.ids;
     fxquant_multiply(&second);
 #pragma omp parallel for num_threads(first.threads) if (first.threads > 1)

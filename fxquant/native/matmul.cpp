@@ -27,7 +27,7 @@ template <class K> void multiply(const Product& job) {
     const K kernel(job);
     const Slots slots(job);
     const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
-    const int64_t chunks = (job.rows + CHUNK - 1) / CHUNK, tasks = slots.experts.size() * chunks;
+    const int64_t chunks = (job.rows + K::AT_ONCE - 1) / K::AT_ONCE, tasks = slots.experts.size() * chunks;
     Buffer<float> x(inputs * width);
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
@@ -36,8 +36,8 @@ template <class K> void multiply(const Product& job) {
         typename K::Scratch scratch(kernel.room);
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < tasks; t++) {
-            const int64_t i = t / chunks, row = t % chunks * CHUNK, start = slots.starts[i];
-            const int64_t last = (row + CHUNK < job.rows ? row + CHUNK : job.rows) - 1;
+            const int64_t i = t / chunks, row = t % chunks * K::AT_ONCE, start = slots.starts[i];
+            const int64_t last = (row + K::AT_ONCE < job.rows ? row + K::AT_ONCE : job.rows) - 1;
             const int64_t* const mine = slots.order.data() + start;
             const int64_t next = i + 1 < (int64_t)slots.experts.size() ? slots.experts[i + 1] : -1;
             const Task task{job, slots.experts[i], row, last, mine, slots.starts[i + 1] - start, x.data, width, next};
@@ -70,7 +70,19 @@ extern "C" int64_t fxquant_most_rows(int dtype) {
     return fxquant_multiplies(dtype) ? 16 : 128;
 }
 
+// Whether there are products of codes with codes.
+extern "C" int fxquant_multiplies_codes() {
+#ifdef FXQUANT_CODES
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 extern "C" void fxquant_multiply(const Product* job) {
+#ifdef FXQUANT_CODES
+    if (job->x_codes) return multiply<Codes>(*job);
+#endif
 #ifdef FXQUANT_AVX512
     if (Strips::takes(*job)) return multiply<Strips>(*job);
 #endif

@@ -26,11 +26,15 @@ struct Product {
     Level scales, offsets;
     int64_t slots, picks; // rows of y, and how many of them share a row of x
     int64_t experts, rows, columns, block; // `columns` of a weight, `block` of them under one scale
-    int64_t x_stride, codes_stride, codes_expert, addend_expert; // elements, bytes, bytes, elements
+    int64_t x_stride, y_stride, addend_expert; // elements
+    int64_t codes_stride, codes_expert;        // bytes
+    const float* x_scales; // of codes of x, or the one of all codes that are made
+    int64_t x_scales_stride, x_group; // elements from row to row; columns of x under one scale
     int32_t dtype, x_type, addend_type; // of y, of x and of the bias: 0 float32, 1 bfloat16, 2 float16
     int32_t kind;       // 0 integer, 1 table, 2 e4m3, 3 e5m2
     int32_t bits, low;  // of a field; the integer that the field 0 stands for
     int32_t zero;       // 0 none, 1 subtracted before the scale, 2 added behind it
+    int32_t x_codes;    // 0 x is floats; 1 it is codes; 2 codes are made of it, 3 with the scale that is there
     int32_t threads;
 };
 

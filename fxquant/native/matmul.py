@@ -13,13 +13,13 @@ from torch import Tensor
 from fxquant.native.dequantize import dequantize
 from fxquant.native.job import DTYPES
 from fxquant.native.library import load, serves
-from fxquant.native.matmul_job import Product, covered_planes, fill_input, prepared
+from fxquant.native.matmul_job import Product, covered_planes, fill_bias, fill_codes, fill_input, prepared
 from fxquant.native.places import Place
 from fxquant.scheme import Scheme
 
 _SOURCES = (
     *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
-    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul.cpp", "gated.cpp"),
+    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_codes.h", "matmul.cpp", "gated.cpp"),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""
@@ -29,9 +29,9 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     """`x @ W.T + bias` for the weight that planes hold, where that is faster than to decode all of it first.
 
     W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
-    are in float32, rounded once. With few rows of x, each row of the result depends on its own alone, and not on the
-    number of threads. With many, in a dtype that the processor has no instructions for, W is decoded as a whole, and
-    the product is torch's, in float32.
+    are in float32, rounded once; where x is quantized, sums of products of codes under one scale are exact. With few
+    rows of x, each row of the result depends on its own alone, and not on the number of threads. With many, in a dtype
+    that the processor has no instructions for, W is decoded as a whole, and the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.
@@ -48,10 +48,10 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     k = x.shape[-1]
     rows = x.numel() // max(k, 1)
     job = job_of(planes, scheme, n, k, None, x, bias)
-    built = None if job is None else library()
+    built = None if job is None else _library_for(scheme)
     if job is None or built is None:
         return None
-    if rows > built.fxquant_most_rows(DTYPES[x.dtype]):
+    if not scheme.activation and rows > built.fxquant_most_rows(DTYPES[x.dtype]):
         if built.fxquant_multiplies(DTYPES[x.dtype]):
             return None
         decoded = x.new_empty((n, k), dtype=torch.float32)
@@ -61,6 +61,40 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     if rows:
         job.slots = rows
         _run(built, job, x.reshape(rows, k), planes, y, bias)
+    return y
+
+
+def linear_on_codes(
+    codes: Tensor,
+    scales: Tensor,
+    planes: Mapping[str, Tensor],
+    scheme: Scheme,
+    n: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """`linear` of an x that is quantized already, into the same bits.
+
+    Args:
+        codes: int8 `[..., K]`, contiguous.
+        scales: float32 `[..., groups]`, contiguous, or `[1]`.
+        planes: as there.
+        scheme: as there; it has the activation that made the codes.
+        n: as there.
+        bias: as there.
+        dtype: of the result.
+    """
+    k = codes.shape[-1]
+    y = codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
+    job = job_of(planes, scheme, n, k, None, y, bias) if serves(codes, scales) else None
+    built = None if job is None else _library_for(scheme)
+    if job is None or built is None:
+        return None
+    job.slots = codes.numel() // k
+    fill_codes(job, codes.reshape(-1, k), scales.reshape(-1, scales.shape[-1]) if scales.dim() > 1 else scales, y)
+    fill_bias(job, bias)
+    if job.slots:
+        built.fxquant_multiply(ctypes.byref(job))
     return y
 
 
@@ -82,12 +116,14 @@ def experts(
         many rows, of any dtype.
     """
     k, slots, count = x.shape[-1], ids.numel(), planes["codes"].shape[0]
-    if not takes_ids(x, ids) or scheme.columns:
+    if not takes_ids(x, ids) or scheme.columns or (scheme.activation and scheme.activation.static):
         return None
     bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
     job = job_of(planes, scheme, n, k, count, x, bias)
-    built = None if job is None else library()
-    if job is None or built is None or largest_share(ids, count) > built.fxquant_most_rows(DTYPES[x.dtype]):
+    built = None if job is None else _library_for(scheme)
+    if job is None or built is None:
+        return None
+    if not scheme.activation and largest_share(ids, count) > built.fxquant_most_rows(DTYPES[x.dtype]):
         return None
     y = x.new_zeros((*ids.shape, n))
     if slots and count:
@@ -146,6 +182,12 @@ def _run(
     built.fxquant_multiply(ctypes.byref(job))
 
 
+def _library_for(scheme: Scheme) -> ctypes.CDLL | None:
+    """The compiled product; None where it cannot be compiled, or the processor has no instructions for codes of x."""
+    built = library()
+    return None if built is None or (scheme.activation and not built.fxquant_multiplies_codes()) else built
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled product; None, after a warning, where it cannot be compiled or loaded."""
@@ -155,5 +197,6 @@ def library() -> ctypes.CDLL | None:
         for function in (built.fxquant_multiply, built.fxquant_gated_experts):
             function.argtypes, function.restype = [ctypes.c_void_p], None
         built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
+        built.fxquant_multiplies_codes.restype = ctypes.c_int
         built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

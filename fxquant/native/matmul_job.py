@@ -18,7 +18,7 @@ _UNIT = 16
 """Weights of a row that are decoded at once; blocks consist of whole units."""
 _INT, _TABLE, _E4M3, _E5M2 = 0, 1, 2, 3
 _ZEROS = {"none": 0, "int": 1, "float": 1, "bias": 2}
-_ON_X = {"perm", "column_scales"}
+_GIVEN, _MADE, _MADE_AT = 1, 2, 3
 
 
 class Product(ctypes.Structure):
@@ -31,9 +31,11 @@ class Product(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("x", "y", "addend", "codes", "values", "ids")]
         + [("scales", Level), ("offsets", Level)]
         + [(name, ctypes.c_int64) for name in ("slots", "picks", "experts", "rows", "columns", "block")]
-        + [(name, ctypes.c_int64) for name in ("x_stride", "codes_stride", "codes_expert", "addend_expert")]
+        + [(name, ctypes.c_int64) for name in ("x_stride", "y_stride", "addend_expert")]
+        + [(name, ctypes.c_int64) for name in ("codes_stride", "codes_expert")]
+        + [("x_scales", ctypes.c_void_p), ("x_scales_stride", ctypes.c_int64), ("x_group", ctypes.c_int64)]
         + [(name, ctypes.c_int32) for name in ("dtype", "x_type", "addend_type", "kind", "bits", "low", "zero")]
-        + [("threads", ctypes.c_int32)]
+        + [("x_codes", ctypes.c_int32), ("threads", ctypes.c_int32)]
     )
 
 
@@ -42,17 +44,27 @@ def covered_planes(scheme: Scheme, n: int, k: int) -> dict[str, PlaneSpec] | Non
     """The planes of an `[n, k]` weight under a scheme that the compiled product knows; None under another.
 
     Integers, tables and float8 in blocks of whole units of 16 columns, with scales of one level or two, and any kind of
-    zero. Not: vectors, base 3, columns with a bias, quantized activations, blocks that run on from row to row.
+    zero; integers where activations are int8. Not: vectors, base 3, columns with a bias, other activations, blocks that
+    run on from row to row.
     """
     element, block = scheme.spec, scheme.block
     columns = block.columns or k
     fits = columns % _UNIT == 0 or (columns >= k and not block.flat)
-    known = element.kind != "vector" and not element.trits
-    if not (n > 0 and k > 0 and fits and known) or scheme.activation or "bias" in scheme.columns:
+    known = element.kind != "vector" and not element.trits and _takes_activation(scheme, k)
+    if not (n > 0 and k > 0 and fits and known) or "bias" in scheme.columns:
         return None
     if block.flat and (k % columns or not _whole_bytes(scheme, k // columns)):
         return None
     return scheme.planes(n, k)
+
+
+def _takes_activation(scheme: Scheme, k: int) -> bool:
+    """Whether inputs are multiplied as they are, or as int8 codes with integers."""
+    activation = scheme.activation
+    if activation is None:
+        return True
+    plain = activation.element == "int8" and not activation.threshold and not scheme.columns
+    return plain and scheme.spec.kind == "int" and activation.group % _UNIT == 0
 
 
 def _whole_bytes(scheme: Scheme, blocks: int) -> bool:
@@ -99,6 +111,9 @@ def prepared(
     job.values, job.picks = values.data_ptr(), 1
     fill_scales(job.scales, planes, scheme, n, k, stacked)
     fill_offsets(job.offsets, planes, scheme, n, k, stacked)
+    if activation := scheme.activation:
+        job.x_codes, job.x_group = _MADE_AT if activation.static else _MADE, activation.group or k
+        job.x_scales = planes["input_scale"].address if activation.static else None
     return bytes(job), values
 
 
@@ -121,12 +136,24 @@ def _values(element: Element) -> Tensor:
 
 
 def fill_input(job: Product, x: Tensor, y: Tensor, bias: Tensor | None) -> None:
-    """The rows of x `[rows, K]`, of y, and the bias."""
-    job.x, job.y, job.x_stride = x.data_ptr(), y.data_ptr(), x.stride(0)
+    """The rows of x `[rows, K]`, of y `[rows, n]`, contiguous, and the bias."""
+    job.x, job.y, job.x_stride, job.y_stride = x.data_ptr(), y.data_ptr(), x.stride(0), job.rows
     job.x_type, job.dtype = DTYPES[x.dtype], DTYPES[y.dtype]
+    fill_bias(job, bias)
+
+
+def fill_bias(job: Product, bias: Tensor | None) -> None:
+    """The bias, `[n]` or `[experts, n]`."""
     if bias is not None:
         job.addend, job.addend_type = bias.data_ptr(), DTYPES[bias.dtype]
         job.addend_expert = bias.stride(0) if bias.dim() > 1 else 0
+
+
+def fill_codes(job: Product, codes: Tensor, scales: Tensor, y: Tensor) -> None:
+    """Rows of codes of x, int8 `[rows, K]`, contiguous, instead of x, and their scales `[rows, groups]` or `[1]`."""
+    job.x, job.x_stride, job.x_codes = codes.data_ptr(), codes.stride(0), _GIVEN
+    job.x_scales, job.x_scales_stride = scales.data_ptr(), scales.stride(0) if scales.dim() > 1 else 0
+    job.y, job.y_stride, job.dtype = y.data_ptr(), job.rows, DTYPES[y.dtype]
 
 
 class Gated(ctypes.Structure):

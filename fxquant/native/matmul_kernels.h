@@ -56,6 +56,7 @@ __attribute__((noinline)) void multiply(const float* slab, const float* const* x
 
 template <class E> struct Kernel {
     using Scratch = Slabs;
+    static constexpr int64_t AT_ONCE = CHUNK;
 #ifdef FXQUANT_AVX512
     static constexpr int FEW = 4; // rows of x where codes are decoded in registers
 #else

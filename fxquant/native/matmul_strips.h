@@ -26,6 +26,7 @@ inline void sum_rows(const F* v, float* to) {
 enum class Scaled { ROWS, STRIPS, PARTS };
 
 struct Strips {
+    static constexpr int64_t AT_ONCE = CHUNK;
     static constexpr int FEW = 5; // rows of x at once
     static constexpr int64_t UNITS = 8, WIDTH = UNITS * LANES, BYTES = WIDTH / 2;
     static constexpr int64_t NEAR = 4, FAR = 8192; // from memory FAR bytes ahead, and from there NEAR strips ahead

@@ -60,7 +60,7 @@ struct Task {
 
     // Some rows of the result of a slot, from `first` on: with the bias, rounded. What is behind them may be anything.
     void put(int64_t slot, int64_t first, int64_t rows, const float* from) const {
-        const int64_t at = slots[slot] * job.rows + first, bias = expert * job.addend_expert + first;
+        const int64_t at = slots[slot] * job.y_stride + first, bias = expert * job.addend_expert + first;
         for (int64_t i = 0; i < rows; i += LANES) {
             const int64_t n = rows - i < LANES ? rows - i : LANES;
             F v = load(from + i);
@@ -69,6 +69,11 @@ struct Task {
         }
     }
 };
+
+template <class Function> inline void with_flag(bool flag, const Function& function) {
+    if (flag) function(std::true_type{});
+    else function(std::false_type{});
+}
 
 // `function` with the number as a constant, from 1 to N.
 template <int N, class Function> inline void with_constant(int64_t n, const Function& function) {

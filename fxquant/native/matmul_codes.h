@@ -1,0 +1,380 @@
+// Products of int8 codes of x with integer codes of a weight, added up as integers. For few rows of x, rows of the weight
+// are decoded in registers. For more, 64 rows and 128 columns, a panel, are decoded at a time: the lanes of a vector are
+// 16 rows, and have 4 columns each, as `vpdpbusd` takes them, and a panel stays in the first-level cache until it has
+// been multiplied with everything.
+//
+// Where scales end, or after 128 columns, integers become floats: y += scale (sum + (low - zero) sum_x). Rows of y do not
+// depend on the number of threads.
+
+#if defined(FXQUANT_AVX512) && defined(__AVX512VNNI__)
+#define FXQUANT_CODES
+
+#include <algorithm>
+
+namespace {
+
+typedef __m512i Z;
+
+// Words of 16 rows, lane by lane.
+inline void transpose(Z (&v)[16]) {
+    Z t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        const Z a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        const Z c = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+        t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+struct Codes {
+    static constexpr int64_t AT_ONCE = 64; // rows of a weight
+    static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = 6;
+    static constexpr int FEW = 4;         // rows of x with which codes are decoded in registers
+    static constexpr int64_t PANEL = 128; // columns
+    static constexpr int64_t BATCH = 192; // rows of x for which a panel is decoded once
+    static constexpr int64_t NEAR = 512, FAR = 8192; // as in `Strips`, in bytes
+
+    const Product& job;
+    const int64_t panels, bytes, blocks; // of a row
+    const int64_t step, steps;           // columns whose sums are scaled together, and how many such there are
+    const int64_t groups;                // of a row of x
+    const int64_t room;                  // for numbers of a row, of which any panel has a whole vector
+    const int64_t units;                 // of a row of x: codes, sums by step and by block, scales
+    const int64_t ahead;                 // rows that FAR bytes are, or a little more
+
+    static int64_t step_of(const Product& job) {
+        int64_t step = PANEL;
+        const auto fits = [&](int64_t size) { return size >= job.columns || size % step == 0; };
+        while (!fits(job.block) || !fits(job.x_group)) step /= 2;
+        return step;
+    }
+
+    explicit Codes(const Product& j)
+        : job(j), panels((j.columns + PANEL - 1) / PANEL), bytes((j.columns * j.bits + 7) / 8),
+          blocks((j.columns + j.block - 1) / j.block), step(step_of(j)), steps(panels * PANEL / step),
+          groups((j.columns + j.x_group - 1) / j.x_group), room((blocks + LANES - 1) / LANES * LANES + LANES),
+          units((panels * PANEL / 4 + steps + room + groups + LANES - 1) / LANES),
+          ahead((FAR / (bytes * ROWS) + 1) * ROWS) {}
+
+    struct Scratch {
+        Buffer<float> scales, offsets; // by row
+        Buffer<float> scales_by_block, offsets_by_block, totals;
+        Buffer<uint8_t> bytes, panel;
+
+        explicit Scratch(int64_t room)
+            : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
+              offsets_by_block(AT_ONCE * room), totals(BATCH * AT_ONCE), bytes(room + 128), panel(AT_ONCE * PANEL) {}
+    };
+
+    const int32_t* sums_of(const float* x) const { return (const int32_t*)x + panels * PANEL / 4; }
+    const float* block_sums_of(const float* x) const { return x + panels * PANEL / 4 + steps; }
+    const float* scales_of(const float* x) const { return block_sums_of(x) + room; }
+
+    // A row of x: its codes, in the order of the panel, their sums, and its scales.
+    void spread(int64_t row, float* to) const {
+        int8_t* const codes = (int8_t*)to;
+        memset(codes, 0, panels * PANEL);
+        float *const of_blocks = to + panels * PANEL / 4 + steps, *const scales = of_blocks + room;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t first = g * job.x_group, count = std::min(job.x_group, job.columns - first);
+            if (job.x_codes == 1) {
+                memcpy(codes + first, (const int8_t*)job.x + row * job.x_stride + first, count);
+                scales[g] = job.x_scales[row * job.x_scales_stride + (job.x_scales_stride ? g : 0)];
+            } else scales[g] = quantize(row * job.x_stride + first, count, codes + first);
+        }
+        int32_t* const sums = (int32_t*)to + panels * PANEL / 4;
+        for (int64_t s = 0; s < steps; s++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < step; i++) sum += codes[s * step + i];
+            sums[s] = sum;
+        }
+        memset(of_blocks, 0, room * sizeof(float));
+        for (int64_t s = 0; s < steps; s++) of_blocks[std::min(s * step / job.block, blocks - 1)] += (float)sums[s];
+        if (job.bits == 4) // even columns of a panel, then odd ones, as they come out of bytes
+            for (int64_t i = 0; i < panels * PANEL; i += PANEL) {
+                const Z a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
+                const auto joined = [](__m256i low, __m256i high) {
+                    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+                };
+                const auto odd = [](Z v) { return _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)); };
+                _mm512_storeu_si512(codes + i, joined(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b)));
+                _mm512_storeu_si512(codes + i + 64, joined(odd(a), odd(b)));
+            }
+    }
+
+    // Codes of some columns of x, and their scale, as `fxquant.activation_codecs.quantize_activation` makes them.
+    float quantize(int64_t at, int64_t count, int8_t* codes) const {
+        float scale;
+        if (job.x_codes == 3) scale = std::max(job.x_scales[0], 0x1p-126f);
+        else {
+            F top{};
+            bool nan = false;
+            for (int64_t i = 0; i < count; i += LANES) {
+                const __m512 v = (__m512)floats(job.x, job.x_type, at + i, std::min<int64_t>(count - i, LANES));
+                nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
+                top = most(top, (F)_mm512_abs_ps(v));
+            }
+            const float largest = _mm512_reduce_max_ps((__m512)top);
+            scale = nan ? NAN : std::max(largest / 127.0f, 0x1p-126f);
+        }
+        for (int64_t i = 0; i < count; i += LANES) {
+            const int64_t n = std::min<int64_t>(count - i, LANES);
+            const __m512 t = (__m512)(floats(job.x, job.x_type, at + i, n) / all(scale));
+            const __mmask16 numbers = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
+            const __m512 held = _mm512_max_ps(_mm512_min_ps(t, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+            const Z whole = _mm512_maskz_cvtps_epi32(numbers, held);
+            _mm_mask_storeu_epi8(codes + i, (1u << n) - 1, _mm512_cvtepi32_epi8(whole));
+        }
+        return scale;
+    }
+
+    void run(const Task& task, Scratch& scratch) const {
+        load_numbers(task, job.scales, scratch, scratch.scales.data);
+        if (job.zero) load_numbers(task, job.offsets, scratch, scratch.offsets.data);
+        if (task.count <= FEW && groups == 1 && (job.bits == 4 || job.bits == 8))
+            return with_constant<FEW>(task.count, [&](auto tokens) {
+                if (job.bits == 4) few<tokens, true>(task, scratch);
+                else few<tokens, false>(task, scratch);
+            });
+        by_block(scratch.scales.data, scratch.scales_by_block.data);
+        if (job.zero) by_block(scratch.offsets.data, scratch.offsets_by_block.data);
+        for (int64_t from = 0; from < task.count; from += BATCH)
+            with_flag(job.bits == 4, [&](auto nibbles) {
+                batch<nibbles>(task, from, std::min(task.count - from, BATCH), scratch);
+            });
+    }
+
+    void load_numbers(const Task& task, const Level& level, Scratch& scratch, float* to) const {
+        for (int64_t i = 0; i < AT_ONCE; i++) {
+            const int64_t row = std::min(task.row + i, task.last);
+            numbers(level, task.expert, row, blocks, to + i * room, scratch.bytes.data);
+            // Blocks that are not there have codes of x that are 0, and numbers that must not be NaN.
+            memset(to + i * room + blocks, 0, (room - blocks) * sizeof(float));
+        }
+        task.prefetch_later(level);
+    }
+
+    void by_block(const float* from, float* to) const {
+        const Z rows = _mm512_mullo_epi32((Z)lane_numbers(), _mm512_set1_epi32((int)room));
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t i = 0; i < AT_ONCE; i += LANES)
+                store(to + b * AT_ONCE + i, (F)_mm512_i32gather_ps(rows, from + i * room + b, 4));
+    }
+
+    // 64 bytes of codes, of which so many are there.
+    static Z read_codes(const uint8_t* from, int64_t rest) {
+        return _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : rest <= 0 ? 0 : (1ull << rest) - 1, from);
+    }
+
+    Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
+
+    template <int M, bool NIBBLES> void few(const Task& task, const Scratch& scratch) const {
+        const float* xs[M];
+        float found[M][AT_ONCE];
+        for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
+        for (int64_t row = task.row; row <= task.last; row += ROWS) {
+            const int64_t first = row - task.row;
+            F sums[ROWS][M];
+            fused<M, NIBBLES>(task, row, xs, scratch.scales.data + first * room, sums);
+            for (int m = 0; m < M; m++) {
+                F of_rows[ROWS];
+                for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m] + offsets(xs[m], first + r, scratch);
+                sum_rows(of_rows, found[m] + first);
+            }
+        }
+        for (int m = 0; m < M; m++) {
+            const float scale = *scales_of(xs[m]);
+            for (float& y : found[m]) y *= scale;
+            task.put(m, task.row, task.last - task.row + 1, found[m]);
+        }
+    }
+
+    // What the number that code 0 stands for, zeros and biases of a row add to its products, in parts.
+    F offsets(const float* x, int64_t row, const Scratch& scratch) const {
+        const float *const of_x = block_sums_of(x), *const scales = scratch.scales.data + row * room;
+        const float* const offsets = scratch.offsets.data + row * room;
+        F total{};
+        for (int64_t b = 0; b < blocks; b += LANES) {
+            F factor = load(scales + b) * (float)job.low;
+            if (job.zero == 1) factor = (all((float)job.low) - load(offsets + b)) * load(scales + b);
+            if (job.zero == 2) factor = factor + load(offsets + b);
+            total = multiply_add(factor, load(of_x + b), total);
+        }
+        return total;
+    }
+
+    // Few rows of x with ROWS of the weight, from `row` to the last one or that one again.
+    template <int M, bool NIBBLES>
+    __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
+                                         F (&sums)[ROWS][M]) const {
+        constexpr int64_t BYTES = NIBBLES ? PANEL / 2 : PANEL;
+        const uint8_t* from[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            from[r] = task.codes(std::min(row + r, task.last));
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) sums[r][m] = F{};
+        }
+        const Z low = _mm512_set1_epi8(15), flip = this->flip();
+        const int64_t later = task.later(row, ahead);
+        const int64_t per = std::max<int64_t>(PANEL / job.block, 1);                    // blocks of a panel
+        const U lanes = (as<U>(lane_numbers()) * (uint32_t)(NIBBLES ? 8 : 4)) / (uint32_t)std::min(job.block, PANEL);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t at = panel * BYTES, block = panel * PANEL / job.block;
+            const auto product = [&](auto whole) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) {
+                    Z a, b;
+#pragma GCC unroll 2
+                    for (int64_t i = 0; i < BYTES; i += 64) {
+                        __builtin_prefetch(from[r] + later + at + i, 0, 2);
+                        __builtin_prefetch(from[r] + NEAR + at + i, 0, 3);
+                    }
+                    const auto part = [&](int64_t i) {
+                        return whole ? _mm512_loadu_si512(from[r] + at + i) : read_codes(from[r] + at + i, bytes - at - i);
+                    };
+                    if (NIBBLES) {
+                        const Z codes = part(0);
+                        a = _mm512_and_si512(codes, low), b = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
+                    } else a = _mm512_xor_si512(part(0), flip), b = _mm512_xor_si512(part(64), flip);
+                    const float* const first = scales + r * room + block;
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; m++) {
+                        const Z* const x = (const Z*)xs[m] + 2 * panel;
+                        if (NIBBLES || per == 1) {
+                            const Z sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Z{}, a, x[0]), b, x[1]);
+                            const F scale = per == 1 ? all(*first) : look_up_low(load(first), lanes);
+                            sums[r][m] = multiply_add((F)_mm512_cvtepi32_ps(sum), scale, sums[r][m]);
+                        } else { // each half has blocks of its own
+                            const F scale = load(first), one = look_up_low(scale, lanes);
+                            const F two = look_up_low(scale, lanes + (uint32_t)(per / 2));
+                            const Z sum = _mm512_dpbusd_epi32(Z{}, a, x[0]), other = _mm512_dpbusd_epi32(Z{}, b, x[1]);
+                            sums[r][m] = multiply_add((F)_mm512_cvtepi32_ps(sum), one, sums[r][m]);
+                            sums[r][m] = multiply_add((F)_mm512_cvtepi32_ps(other), two, sums[r][m]);
+                        }
+                    }
+                }
+            };
+            if (at + BYTES <= bytes) product(std::true_type{});
+            else product(std::false_type{});
+        }
+    }
+
+    template <bool NIBBLES> void batch(const Task& task, int64_t from, int64_t count, Scratch& scratch) const {
+        const int64_t turns = (count + TOKENS - 1) / TOKENS;
+        const float* xs[BATCH];
+        for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
+        memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
+        for (int64_t panel = 0; panel < panels; panel++) {
+            decode(task, panel, scratch.panel.data);
+            for (int64_t turn = 0; turn < turns; turn++) {
+                const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
+                with_constant<TOKENS>(b - a, [&](auto tokens) { multiply<tokens, NIBBLES>(panel, xs + a, a, scratch); });
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            float* const total = scratch.totals.data + i * AT_ONCE;
+            const float scale = groups == 1 ? *scales_of(xs[i]) : 1.0f;
+            for (int64_t r = 0; groups == 1 && r < AT_ONCE; r++) total[r] *= scale;
+            task.put(from + i, task.row, task.last - task.row + 1, total);
+        }
+    }
+
+    // Some rows of x with a panel, added to what there is of them.
+    template <int T, bool NIBBLES>
+    __attribute__((noinline)) void multiply(int64_t panel, const float* const* xs, int64_t token,
+                                            Scratch& scratch) const {
+        const Z* weights = (const Z*)scratch.panel.data;
+        const int64_t per = PANEL / step;
+        for (int64_t s = panel * per; s < (panel + 1) * per; s++) {
+            const int32_t* x[T];
+            Z sums[T][VECTORS];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                x[t] = (const int32_t*)xs[t] + (NIBBLES ? panel * PANEL / 8 + s * (step / 8) : s * (step / 4));
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) sums[t][v] = _mm512_set1_epi32(sums_of(xs[t])[s] * job.low);
+            }
+            for (int64_t i = 0; i < step / 8; i++, weights += 2 * VECTORS) {
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    Z w[VECTORS];
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; v++) w[v] = weights[half * VECTORS + v];
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++) {
+                        const Z own = _mm512_set1_epi32(x[t][NIBBLES ? i + half * (PANEL / 8) : 2 * i + half]);
+#pragma GCC unroll 4
+                        for (int v = 0; v < VECTORS; v++) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], w[v], own);
+                    }
+                }
+            }
+            const int64_t block = std::min(s * step / job.block, blocks - 1) * AT_ONCE;
+            const int64_t group = std::min(s * step / job.x_group, groups - 1);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                float* const totals = scratch.totals.data + (token + t) * AT_ONCE;
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) {
+                    const F sum = scaled((F)_mm512_cvtepi32_ps(sums[t][v]), block + v * LANES, sums_of(xs[t])[s], scratch);
+                    const F own = groups == 1 ? sum : sum * scales_of(xs[t])[group];
+                    store(totals + v * LANES, load(totals + v * LANES) + own);
+                }
+            }
+        }
+    }
+
+    // A sum of products, and what zeros or biases add to it: they meet the sum of the codes of x.
+    F scaled(F sum, int64_t at, int32_t codes, const Scratch& scratch) const {
+        const F scales = load(scratch.scales_by_block.data + at);
+        if (job.zero == 0) return sum * scales;
+        const F offset = load(scratch.offsets_by_block.data + at), of_x = all((float)codes);
+        return job.zero == 1 ? negative_multiply_add(offset, of_x, sum) * scales : multiply_add(offset, of_x, sum * scales);
+    }
+
+    // Rows of a weight in a panel: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16 rows.
+    void decode(const Task& task, int64_t panel, uint8_t* to) const {
+        const int64_t first = panel * PANEL * job.bits / 8, count = std::min(PANEL * job.bits / 8, bytes - first);
+        const Z low = _mm512_set1_epi8(15), flip = this->flip();
+        const int64_t later = task.later(task.row, AT_ONCE);
+        for (int v = 0; v < VECTORS; v++) {
+            Z words[16];
+            uint8_t copy[PANEL + 64];
+            for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
+                for (int r = 0; r < LANES; r++) {
+                    const uint8_t* const from = task.codes(std::min(task.row + v * LANES + r, task.last)) + first;
+                    if (half == 0) __builtin_prefetch(from + later, 0, 2);
+                    if (job.bits == 4 || job.bits == 8) {
+                        words[r] = read_codes(from + half * 64, count - half * 64);
+                    } else {
+                        memset(copy, 0, sizeof copy);
+                        unpack(from, std::min(PANEL, job.columns - panel * PANEL), job.bits, copy);
+                        words[r] = _mm512_loadu_si512(copy + half * 64);
+                    }
+                }
+                transpose(words);
+                Z* const at = (Z*)to + v + half * 16 * VECTORS;
+                for (int i = 0; i < 16; i++)
+                    if (job.bits == 4) {
+                        at[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
+                        at[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
+                    } else at[i * VECTORS] = _mm512_xor_si512(words[i], flip);
+            }
+        }
+    }
+};
+
+} // namespace
+
+#endif

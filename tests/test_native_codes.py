@@ -1,0 +1,154 @@
+"""Compiled products of int8 codes with integer codes: those of the decoded numbers, in exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from random_planes import random_planes
+from torch import Tensor
+
+from fxquant import codecs, native
+from fxquant.activation_codecs import dequantize_activation, quantize_activation
+from fxquant.native import matmul
+from fxquant.ops import ABI
+from fxquant.scheme import Scheme
+
+# With what K is a multiple of.
+SPELLINGS = {
+    "int4-g128+int8": 128, "int4-g64-asym+int8": 64, "int4-g32+int8": 32, "int4-g16+int8": 16, "int4-row+int8": 1,
+    "uint4-g32-bias+int8": 32, "q4_k+int8": 256, "int4-g128+int8-g64": 128, "int4-g128+int8-static": 128,
+    "int8-row+int8": 1, "int8-g128+int8": 128, "int8-g32+int8": 32, "uint8-g64-asym+int8": 64,
+    "int2-g32+int8": 32, "int3-g64+int8": 64, "int5-g32+int8": 32, "int6-row+int8": 1, "int8-row+int8-static": 1, "int6-g16+int8-g16": 16,
+}  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        built = matmul.library()
+    if built is None or not built.fxquant_multiplies_codes():
+        pytest.skip("no C++ compiler, or no AVX512-VNNI")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def planes_of(scheme: Scheme, n: int, k: int) -> dict[str, Tensor]:
+    planes = random_planes(scheme, n, k, seed=k)
+    if scheme.activation and scheme.activation.static:
+        planes["input_scale"] = torch.tensor([0.02])
+    return planes
+
+
+def check(y: Tensor, x: Tensor, planes: dict[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> None:
+    """Within the bound of `fxquant::linear` for what the codes of x stand for."""
+    k = x.shape[-1]
+    assert scheme.activation is not None
+    codes, scales = quantize_activation(x, scheme.activation, planes.get("input_scale"))
+    values = dequantize_activation(codes, scales, scheme.activation).double()
+    with native.from_size(math.inf):
+        weight = codecs.dequantize(planes, scheme, n, k).double()
+    reference, magnitude = values @ weight.T, values.abs() @ weight.abs().T
+    if bias is not None:
+        reference, magnitude = reference + bias.double(), magnitude + bias.double().abs()
+    info = torch.finfo(y.dtype)
+    bound = (info.eps / 2 + (k + 8) * 2.0**-24) * magnitude + info.smallest_normal
+    assert y.dtype == x.dtype
+    assert ((y.double() - reference).abs() <= bound)[magnitude < info.max].all()
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_product_is_that_of_what_codes_stand_for(spelling: str, data: st.DataObject) -> None:
+    scheme, unit = Scheme.parse(spelling), SPELLINGS[spelling]
+    n = data.draw(st.integers(1, 140), "rows of the weight")
+    k = unit * data.draw(st.integers(1, max(400 // unit, 3)), "units")
+    rows = data.draw(st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 13, 200)), "rows of x")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    planes = planes_of(scheme, n, k)
+    x = torch.randn(rows, k)
+    x = (x * torch.rand(k).pow(4) * 9).to(dtype)
+    x = x.t().contiguous().t() if data.draw(st.booleans(), "strided") else x
+    bias = data.draw(st.sampled_from((None, *DTYPES)), "bias")
+    bias = None if bias is None else torch.randn(n).to(bias)
+    with native.from_size(0):
+        y = native.linear(x, planes, scheme, n, bias)
+    assert y is not None, "not covered"
+    assert y.shape == (rows, n)
+    check(y, x, planes, scheme, n, bias)
+
+
+@pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8-static", "int4-g128-asym+int8-g64"])
+def test_codes_that_are_there_give_the_same_bits(spelling: str) -> None:
+    scheme, n, k = Scheme.parse(spelling), 70, 384
+    planes, x = planes_of(scheme, n, k), torch.randn(3, 2, k).bfloat16()
+    assert scheme.activation is not None
+    codes, scales = quantize_activation(x, scheme.activation, planes.get("input_scale"))
+    bias = torch.randn(n)
+    with native.from_size(0):
+        there = native.linear_on_codes(codes, scales, planes, scheme, n, bias, x.dtype)
+        made = native.linear(x, planes, scheme, n, bias)
+    assert there is not None
+    assert made is not None
+    assert torch.equal(there, made)
+    listed = list(planes.values())
+    with native.from_size(0):
+        whole = torch.ops.fxquant.linear(x, listed, [bias], spelling, [n], ABI)
+        step = torch.ops.fxquant.linear_on_codes(x, codes, scales, listed, [bias], spelling, [n], ABI)
+    assert torch.equal(whole, made)
+    assert torch.equal(step, made)
+
+
+@pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8", "int3-g64+int8"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_shows_in_its_row_alone(spelling: str, value: float) -> None:
+    scheme, n, k = Scheme.parse(spelling), 20, 256
+    planes = planes_of(scheme, n, k)
+    for rows in (2, 9):
+        x = torch.randn(rows, k)
+        with native.from_size(0):
+            before = native.linear(x, planes, scheme, n, None)
+            x[1, 77] = value
+            y = native.linear(x, planes, scheme, n, None)
+        assert y is not None
+        assert before is not None
+        assert y[1].isnan().all()
+        assert torch.equal(y[0], before[0])
+
+
+@pytest.mark.parametrize("spelling", ["int4-g128+int8", "int4-g32-asym+int8", "int8-row+int8"])
+@pytest.mark.usefixtures("threads")
+def test_experts_and_threads(spelling: str) -> None:
+    scheme, n, k, count = Scheme.parse(spelling), 150, 256, 3
+    stacks = [planes_of(scheme, n, k + 0) for _ in range(count)]
+    for e, stack in enumerate(stacks):
+        stack["codes"] = stack["codes"].roll(e + 1, 0)
+    planes = {name: torch.stack([stack[name] for stack in stacks]) for name in stacks[0]}
+    x, ids = torch.randn(40, k), torch.randint(-1, count + 1, (40, 2))
+    found = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        with native.from_size(0):
+            found.append(native.experts(x, ids, planes, scheme, n, None))
+    y = found[0]
+    assert y is not None
+    assert found[1] is not None
+    assert torch.equal(y, found[1])
+    for slot in range(2):
+        for e in range(count):
+            at = ids[:, slot] == e
+            check(y[at, slot], x[at], stacks[e], scheme, n, None)
+    assert not y[(ids < 0) | (ids >= count)].any()
