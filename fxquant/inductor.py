@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import fx
 from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; since torch 1.11, read in 2.11 and 2.13
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
 from torch.utils import _pytree as pytree  # torch.export's own, which has no public name yet; 2.11 to 2.13
 
-__all__ = ["FakeTensor", "OpOverload", "compile_cpp", "compile_graph", "pytree"]
+__all__ = ["FakeTensor", "OpOverload", "compile_cpp", "compile_graph", "not_traced", "pytree"]
+
+T = TypeVar("T")
 
 
 def compile_graph(
@@ -39,3 +41,14 @@ def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
 
     built: Any = CppCodeCache.load(source, extra_flags=tuple(flags))
     return cast(ctypes.CDLL, built)
+
+
+def not_traced(function: Callable[..., T]) -> Callable[..., T]:
+    """The same function, whose own frame Dynamo does not look into; those of what it calls, it does.
+
+    Unlike with `torch.compiler.disable(recursive=False)` a call of it takes no more time.
+    `torch._dynamo.decorators.skip(fn)`: read in torch 2.11, 2.13.
+    """
+    from torch._dynamo.decorators import skip
+
+    return skip(function)

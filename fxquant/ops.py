@@ -76,18 +76,22 @@ def linear(
     k, parsed = x.shape[-1], Scheme.parse(scheme)
     parts = planes_by_weight(planes, rows, scheme, k)
     activation = parsed.activation
-    if activation is None:
-        outputs = [
-            _on_floats(x, part, parsed, n, _bias(biases, i, x.dtype))
-            for i, (part, n) in enumerate(zip(parts, rows, strict=True))
-        ]
-        return _side_by_side(outputs)
+    bias_dtype = x.dtype if activation is None else torch.float32
     compiled = [
-        native.linear(x, part, parsed, n, _bias(biases, i, torch.float32))
+        native.linear(x, part, parsed, n, _bias(biases, i, bias_dtype))
         for i, (part, n) in enumerate(zip(parts, rows, strict=True))
     ]
-    if all(y is not None for y in compiled):
-        return _side_by_side([y for y in compiled if y is not None])
+    outputs = [y for y in compiled if y is not None]
+    if len(outputs) == len(rows):
+        native.remember_linear(x, planes, biases, scheme, rows, parts)
+        return _side_by_side(outputs)
+    if activation is None:
+        return _side_by_side(
+            [
+                _on_floats(x, part, parsed, n, _bias(biases, i, x.dtype)) if y is None else y
+                for i, (y, part, n) in enumerate(zip(compiled, parts, rows, strict=True))
+            ]
+        )
     if not activation.static:
         return _on_codes(x, *encode_activation(x, activation), parts, biases, parsed, rows)
     outputs = [
@@ -98,8 +102,7 @@ def linear(
 
 
 def _on_floats(x: Tensor, planes: dict[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor:
-    y = native.linear(x, planes, scheme, n, bias)
-    return F.linear(x, decode(planes, scheme, n, x.shape[-1], x.dtype), bias) if y is None else y
+    return F.linear(x, decode(planes, scheme, n, x.shape[-1], x.dtype), bias)
 
 
 def _side_by_side(outputs: list[Tensor]) -> Tensor:
@@ -129,7 +132,7 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 
-define(_LIBRARY, linear, _linear_fake)
+define(_LIBRARY, linear, _linear_fake, native.linear_again)
 
 
 def _save(ctx: Any, x: Tensor, planes: Any, biases: Any, scheme: str, rows: Sequence[int], abi: int) -> None:

@@ -24,7 +24,8 @@ SPELLINGS = {
     "int4-g128+int8": 128, "int4-g64-asym+int8": 64, "int4-g32+int8": 32, "int4-g16+int8": 16, "int4-row+int8": 1,
     "uint4-g32-bias+int8": 32, "q4_k+int8": 256, "int4-g128+int8-g64": 128, "int4-g128+int8-static": 128,
     "int8-row+int8": 1, "int8-g128+int8": 128, "int8-g32+int8": 32, "uint8-g64-asym+int8": 64,
-    "int2-g32+int8": 32, "int3-g64+int8": 64, "int5-g32+int8": 32, "int6-row+int8": 1, "int8-row+int8-static": 1, "int6-g16+int8-g16": 16,
+    "int2-g32+int8": 32, "int3-g64+int8": 64, "int5-g32+int8": 32, "int6-row+int8": 1, "int8-row+int8-static": 1,
+    "int6-g16+int8-g16": 16,
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

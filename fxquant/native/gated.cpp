@@ -54,3 +54,13 @@ extern "C" void fxquant_gated_experts(const Gated* job) {
             store_as(job->y, job->dtype, at, total, count);
         }
 }
+
+// The same for x `[tokens, columns]`. `job` has all but what is named here.
+extern "C" void fxquant_gated_experts_of(const Gated* job, const void* x, const int64_t* ids, const void* weights,
+                                         void* y, int64_t slots, int threads) {
+    Gated own = *job;
+    own.first.x = x, own.first.ids = ids, own.first.slots = slots;
+    own.first.threads = own.second.threads = threads;
+    own.weights = weights, own.y = y;
+    fxquant_gated_experts(&own);
+}

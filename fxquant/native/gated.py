@@ -11,6 +11,7 @@ from fxquant.native.job import DTYPES
 from fxquant.native.library import serves
 from fxquant.native.matmul import job_of, largest_share, library, takes_ids
 from fxquant.native.matmul_job import Gated, fill_input
+from fxquant.native.ready import remember_gated_experts
 from fxquant.scheme import Scheme
 
 _MOST_SLOTS = 512
@@ -63,5 +64,8 @@ def gated_experts(
     fill_input(one, x, y, None)
     one.slots, one.picks, one.ids = slots, ids.shape[1], ids.data_ptr()
     job = Gated(one, two, weights.data_ptr(), y.data_ptr(), DTYPES[weights.dtype], DTYPES[y.dtype])
+    job.held = one.held, two.held
     built.fxquant_gated_experts(ctypes.byref(job))
+    planes = list(first[0].values()), list(second[0].values())
+    remember_gated_experts(x, ids, weights, *planes, job, str(first[1]), str(second[1]), inner, experts)
     return y

@@ -55,6 +55,10 @@ def from_size(weights: float) -> Iterator[None]:
         _smallest.reset(token)
 
 
+smallest = _smallest.get
+"""So many weights are enough for compiled code, where it is called."""
+
+
 def serves(*tensors: Tensor) -> bool:
     """Whether these are plain CPU tensors, the first of them large enough, outside of any tracing."""
     return (

@@ -96,3 +96,13 @@ extern "C" void fxquant_multiply(const Product* job) {
     else if (job->zero) multiply_wide<true>(*job);
     else multiply_wide<false>(*job);
 }
+
+// Products of the same rows of x, side by side. `jobs` have all but x, y, slots and threads.
+extern "C" void fxquant_linear(const Product* jobs, int64_t count, const void* x, void* y, int64_t rows, int threads) {
+    for (int64_t i = 0; i < count; i++) {
+        Product job = jobs[i];
+        job.x = x, job.y = y, job.slots = rows, job.threads = threads;
+        fxquant_multiply(&job);
+        y = (char*)y + job.rows * (job.dtype == 0 ? 4 : 2);
+    }
+}

@@ -197,6 +197,10 @@ def library() -> ctypes.CDLL | None:
         for function in (built.fxquant_multiply, built.fxquant_gated_experts):
             function.argtypes, function.restype = [ctypes.c_void_p], None
         built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        built.fxquant_linear.argtypes = [pointer, size, pointer, pointer, size, number]
+        built.fxquant_gated_experts_of.argtypes = [*[pointer] * 5, size, number]
+        built.fxquant_linear.restype = built.fxquant_gated_experts_of.restype = None
         built.fxquant_multiplies_codes.restype = ctypes.c_int
         built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

@@ -159,6 +159,9 @@ def fill_codes(job: Product, codes: Tensor, scales: Tensor, y: Tensor) -> None:
 class Gated(ctypes.Structure):
     """One layer of experts with a gate. The fields of `Gated` in `matmul.h`, in that order."""
 
+    held: tuple[Tensor, Tensor]
+    """As for both products."""
+
     _fields_ = (
         ("first", Product),
         ("second", Product),
