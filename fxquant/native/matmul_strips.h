@@ -124,43 +124,56 @@ struct Strips {
     template <int M, Scaled SCALED>
     __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
                                          F (&to)[ROWS][M]) const {
-        F parts[ROWS][M], sums[ROWS][M];
+        F parts[ROWS][M], sums[ROWS][M], tables[ROWS];
         const uint8_t* from[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             from[r] = task.codes(row + r < task.last ? row + r : task.last);
+            tables[r] = SCALED == Scaled::STRIPS ? values * scales[r * room] : values;
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) sums[r][m] = parts[r][m] = F{};
         }
         const auto strip = [&](int64_t s, auto&& words) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                const int64_t at = s * WIDTH + 2 * i * LANES;
+                F x[M], x_next[M];
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const float* const at = xs[m] + s * WIDTH + 2 * i * LANES;
+                    x[m] = load(at), x_next[m] = load(at + LANES);
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
                     const U fields = words(r, i);
-                    const F w = look_up_low(values, fields), next = look_up_low(values, fields >> 4);
+                    const F w = look_up_low(tables[r], fields), next = look_up_low(tables[r], fields >> 4);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; m++) {
-                        parts[r][m] = multiply_add(w, load(xs[m] + at), parts[r][m]);
-                        parts[r][m] = multiply_add(next, load(xs[m] + at + LANES), parts[r][m]);
+                        parts[r][m] = multiply_add(w, x[m], parts[r][m]);
+                        parts[r][m] = multiply_add(next, x_next[m], parts[r][m]);
                     }
                 }
             }
         };
         const U block = as<U>(lane_numbers() * (int)per >> 4); // of every lane
-        const auto scale = [&]() __attribute__((always_inline)) {
+        const auto scale = [&]() __attribute__((always_inline)) { // where parts of a strip have scales of their own
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
-                const float* const first = scales + r * room;
-                const F v = SCALED == Scaled::PARTS ? look_up_low(load(first), block) : all(*first);
+                const F v = look_up_low(load(scales + r * room), block);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) sums[r][m] = multiply_add(parts[r][m], v, sums[r][m]), parts[r][m] = F{};
             }
             scales += per;
         };
+        int64_t left = fold;
+        const auto behind = [&]() __attribute__((always_inline)) {
+            if (SCALED == Scaled::PARTS) return scale();
+            if (SCALED == Scaled::ROWS || --left) return;
+            left = fold, scales++;
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) tables[r] = values * scales[r * room];
+        };
         const int64_t later = task.later(row, ahead);
-        int64_t s = 0, left = fold;
+        int64_t s = 0;
         for (; s < whole; s++) {
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
@@ -168,20 +181,19 @@ struct Strips {
                 __builtin_prefetch(from[r] + (s + NEAR) * BYTES, 0, 3);
             }
             strip(s, [&](int r, int i) { return read<U>(from[r] + s * BYTES + i); });
-            if (SCALED == Scaled::PARTS || (SCALED == Scaled::STRIPS && --left == 0)) scale(), left = fold;
+            behind();
         }
         for (; s < strips; s++) {
             U last[ROWS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) last[r] = words(from[r] + s * BYTES, bytes - s * BYTES);
             strip(s, [&](int r, int i) { return last[r] >> 8 * i; });
-            if (SCALED == Scaled::PARTS || (SCALED == Scaled::STRIPS && (--left == 0 || s == strips - 1)))
-                scale(), left = fold;
+            behind();
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) to[r][m] = SCALED == Scaled::ROWS ? parts[r][m] : sums[r][m];
+            for (int m = 0; m < M; m++) to[r][m] = SCALED == Scaled::PARTS ? sums[r][m] : parts[r][m];
     }
 };
 
