@@ -172,13 +172,13 @@ struct Strips {
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) tables[r] = values * scales[r * room];
         };
-        const int64_t later = task.later(row, ahead);
+        const int64_t later = task.later(row, ahead), near = strips > 2 * NEAR ? NEAR * BYTES : ROWS * job.codes_stride;
         int64_t s = 0;
         for (; s < whole; s++) {
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 __builtin_prefetch(from[r] + later + s * BYTES, 0, 2);
-                __builtin_prefetch(from[r] + (s + NEAR) * BYTES, 0, 3);
+                __builtin_prefetch(from[r] + near + s * BYTES, 0, 3);
             }
             strip(s, [&](int r, int i) { return read<U>(from[r] + s * BYTES + i); });
             behind();
