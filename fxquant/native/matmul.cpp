@@ -66,8 +66,12 @@ extern "C" int fxquant_multiplies(int dtype) {
 // The most rows of x, of this dtype, with which this is faster than to decode the weight and leave the product to the
 // vendor's library, in float32 where there are no instructions for the dtype.
 extern "C" int64_t fxquant_most_rows(int dtype) {
-    if (dtype == 0) return 64;
-    return fxquant_multiplies(dtype) ? 16 : 128;
+    if (dtype && fxquant_multiplies(dtype)) return 16;
+#ifdef FXQUANT_AVX512
+    return 1024;
+#else
+    return dtype ? 128 : 64;
+#endif
 }
 
 // Whether there are products of codes with codes.
@@ -84,6 +88,7 @@ extern "C" void fxquant_multiply(const Product* job) {
     if (job->x_codes) return multiply<Codes>(*job);
 #endif
 #ifdef FXQUANT_AVX512
+    if (job->slots > Tiles::fewest(*job) * (job->ids ? job->experts : 1)) return multiply<Tiles>(*job);
     if (Strips::takes(*job)) return multiply<Strips>(*job);
 #endif
     if (job->bits == 1) multiply<Kernel<Few<1>>>(*job);

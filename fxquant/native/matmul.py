@@ -19,7 +19,8 @@ from fxquant.scheme import Scheme
 
 _SOURCES = (
     *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
-    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_codes.h", "matmul.cpp", "gated.cpp"),
+    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_panels.h", "matmul_codes.h", "matmul_tiles.h"),
+    *("matmul.cpp", "gated.cpp"),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""

@@ -9,47 +9,16 @@
 #if defined(FXQUANT_AVX512) && defined(__AVX512VNNI__)
 #define FXQUANT_CODES
 
-#include <algorithm>
-
 namespace {
 
-typedef __m512i Z;
-
-// Words of 16 rows, lane by lane.
-inline void transpose(Z (&v)[16]) {
-    Z t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        const Z a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        const Z c = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-        t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) v[i] = t[i];
-}
-
-struct Codes {
-    static constexpr int64_t AT_ONCE = 64; // rows of a weight
-    static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = 6;
+struct Codes : Panels {
     static constexpr int FEW = 4;         // rows of x with which codes are decoded in registers
     static constexpr int64_t PANEL = 128; // columns
-    static constexpr int64_t BATCH = 192; // rows of x for which a panel is decoded once
     static constexpr int64_t NEAR = 512, FAR = 8192; // as in `Strips`, in bytes
 
-    const Product& job;
-    const int64_t panels, bytes, blocks; // of a row
+    const int64_t panels;                // of a row
     const int64_t step, steps;           // columns whose sums are scaled together, and how many such there are
     const int64_t groups;                // of a row of x
-    const int64_t room;                  // for numbers of a row, of which any panel has a whole vector
     const int64_t units;                 // of a row of x: codes, sums by step and by block, scales
     const int64_t ahead;                 // rows that FAR bytes are, or a little more
 
@@ -61,21 +30,10 @@ struct Codes {
     }
 
     explicit Codes(const Product& j)
-        : job(j), panels((j.columns + PANEL - 1) / PANEL), bytes((j.columns * j.bits + 7) / 8),
-          blocks((j.columns + j.block - 1) / j.block), step(step_of(j)), steps(panels * PANEL / step),
-          groups((j.columns + j.x_group - 1) / j.x_group), room((blocks + LANES - 1) / LANES * LANES + LANES),
+        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), steps(panels * PANEL / step),
+          groups((j.columns + j.x_group - 1) / j.x_group),
           units((panels * PANEL / 4 + steps + room + groups + LANES - 1) / LANES),
           ahead((FAR / (bytes * ROWS) + 1) * ROWS) {}
-
-    struct Scratch {
-        Buffer<float> scales, offsets; // by row
-        Buffer<float> scales_by_block, offsets_by_block, totals;
-        Buffer<uint8_t> bytes, panel;
-
-        explicit Scratch(int64_t room)
-            : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
-              offsets_by_block(AT_ONCE * room), totals(BATCH * AT_ONCE), bytes(room + 128), panel(AT_ONCE * PANEL) {}
-    };
 
     const int32_t* sums_of(const float* x) const { return (const int32_t*)x + panels * PANEL / 4; }
     const float* block_sums_of(const float* x) const { return x + panels * PANEL / 4 + steps; }
@@ -140,41 +98,17 @@ struct Codes {
     }
 
     void run(const Task& task, Scratch& scratch) const {
-        load_numbers(task, job.scales, scratch, scratch.scales.data);
-        if (job.zero) load_numbers(task, job.offsets, scratch, scratch.offsets.data);
+        load_numbers(task, scratch);
         if (task.count <= FEW && groups == 1 && (job.bits == 4 || job.bits == 8))
             return with_constant<FEW>(task.count, [&](auto tokens) {
                 if (job.bits == 4) few<tokens, true>(task, scratch);
                 else few<tokens, false>(task, scratch);
             });
-        by_block(scratch.scales.data, scratch.scales_by_block.data);
-        if (job.zero) by_block(scratch.offsets.data, scratch.offsets_by_block.data);
+        by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
             with_flag(job.bits == 4, [&](auto nibbles) {
                 batch<nibbles>(task, from, std::min(task.count - from, BATCH), scratch);
             });
-    }
-
-    void load_numbers(const Task& task, const Level& level, Scratch& scratch, float* to) const {
-        for (int64_t i = 0; i < AT_ONCE; i++) {
-            const int64_t row = std::min(task.row + i, task.last);
-            numbers(level, task.expert, row, blocks, to + i * room, scratch.bytes.data);
-            // Blocks that are not there have codes of x that are 0, and numbers that must not be NaN.
-            memset(to + i * room + blocks, 0, (room - blocks) * sizeof(float));
-        }
-        task.prefetch_later(level);
-    }
-
-    void by_block(const float* from, float* to) const {
-        const Z rows = _mm512_mullo_epi32((Z)lane_numbers(), _mm512_set1_epi32((int)room));
-        for (int64_t b = 0; b < blocks; b++)
-            for (int64_t i = 0; i < AT_ONCE; i += LANES)
-                store(to + b * AT_ONCE + i, (F)_mm512_i32gather_ps(rows, from + i * room + b, 4));
-    }
-
-    // 64 bytes of codes, of which so many are there.
-    static Z read_codes(const uint8_t* from, int64_t rest) {
-        return _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : rest <= 0 ? 0 : (1ull << rest) - 1, from);
     }
 
     Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
@@ -345,25 +279,11 @@ struct Codes {
 
     // Rows of a weight in a panel: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16 rows.
     void decode(const Task& task, int64_t panel, uint8_t* to) const {
-        const int64_t first = panel * PANEL * job.bits / 8, count = std::min(PANEL * job.bits / 8, bytes - first);
         const Z low = _mm512_set1_epi8(15), flip = this->flip();
-        const int64_t later = task.later(task.row, AT_ONCE);
-        for (int v = 0; v < VECTORS; v++) {
-            Z words[16];
-            uint8_t copy[PANEL + 64];
+        for (int v = 0; v < VECTORS; v++)
             for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
-                for (int r = 0; r < LANES; r++) {
-                    const uint8_t* const from = task.codes(std::min(task.row + v * LANES + r, task.last)) + first;
-                    if (half == 0) __builtin_prefetch(from + later, 0, 2);
-                    if (job.bits == 4 || job.bits == 8) {
-                        words[r] = read_codes(from + half * 64, count - half * 64);
-                    } else {
-                        memset(copy, 0, sizeof copy);
-                        unpack(from, std::min(PANEL, job.columns - panel * PANEL), job.bits, copy);
-                        words[r] = _mm512_loadu_si512(copy + half * 64);
-                    }
-                }
-                transpose(words);
+                Z words[16];
+                read_words(task, v, panel * PANEL + half * 64, words);
                 Z* const at = (Z*)to + v + half * 16 * VECTORS;
                 for (int i = 0; i < 16; i++)
                     if (job.bits == 4) {
@@ -371,7 +291,6 @@ struct Codes {
                         at[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
                     } else at[i * VECTORS] = _mm512_xor_si512(words[i], flip);
             }
-        }
     }
 };
 

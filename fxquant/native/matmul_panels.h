@@ -1,0 +1,111 @@
+// Panels: 64 rows of a weight and some columns, decoded together, with rows in the lanes of vectors. They stay in the
+// first-level cache until they have been multiplied with all rows of x, or many.
+
+#ifdef FXQUANT_AVX512
+
+#include <algorithm>
+
+namespace {
+
+typedef __m512i Z;
+
+// Words of 16 rows, lane by lane.
+inline void transpose(Z (&v)[16]) {
+    Z t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        const Z a = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        const Z c = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88), d = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+        t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+struct Panels {
+    static constexpr int64_t AT_ONCE = 64; // rows of a weight
+    static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = 6;
+    static constexpr int64_t BATCH = 192; // rows of x for which a panel is decoded once
+
+    const Product& job;
+    const int64_t bytes, blocks, room; // of a row; the last for its numbers, with a whole vector from any block on
+
+    explicit Panels(const Product& j)
+        : job(j), bytes((j.columns * j.bits + 7) / 8), blocks((j.columns + j.block - 1) / j.block),
+          room((blocks + LANES - 1) / LANES * LANES + LANES) {}
+
+    struct Scratch {
+        Buffer<float> scales, offsets; // by row
+        Buffer<float> scales_by_block, offsets_by_block, totals;
+        Buffer<uint8_t> bytes, words, panel;
+
+        explicit Scratch(int64_t room)
+            : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
+              offsets_by_block(AT_ONCE * room), totals(BATCH * AT_ONCE), bytes(room + 128), words(AT_ONCE * 64),
+              panel(AT_ONCE * 64 * sizeof(float)) {}
+    };
+
+    // The numbers of all rows, `[rows, room]`.
+    void load_numbers(const Task& task, Scratch& scratch) const {
+        load_numbers(task, job.scales, scratch.scales.data, scratch);
+        if (job.zero) load_numbers(task, job.offsets, scratch.offsets.data, scratch);
+    }
+
+    // The same, `[blocks, rows]`.
+    void by_block(Scratch& scratch) const {
+        by_block(scratch.scales.data, scratch.scales_by_block.data);
+        if (job.zero) by_block(scratch.offsets.data, scratch.offsets_by_block.data);
+    }
+
+    // 64 bytes of codes, of which so many are there.
+    static Z read_codes(const uint8_t* from, int64_t rest) {
+        return _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : rest <= 0 ? 0 : (1ull << rest) - 1, from);
+    }
+
+    // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each.
+    void read_words(const Task& task, int v, int64_t column, Z (&words)[16]) const {
+        const int64_t first = column * job.bits / 8, later = task.later(task.row, AT_ONCE);
+        uint8_t copy[64 + 64];
+        for (int r = 0; r < LANES; r++) {
+            const uint8_t* const from = task.codes(std::min(task.row + v * LANES + r, task.last)) + first;
+            if (first % 64 < 8 * job.bits) __builtin_prefetch(from + later, 0, 2);
+            if (job.bits == 4 || job.bits == 8) words[r] = read_codes(from, bytes - first);
+            else {
+                memset(copy, 0, 64);
+                unpack(from, std::max<int64_t>(std::min<int64_t>(64, job.columns - column), 0), job.bits, copy);
+                words[r] = _mm512_loadu_si512(copy);
+            }
+        }
+        transpose(words);
+    }
+
+  private:
+    void load_numbers(const Task& task, const Level& level, float* to, Scratch& scratch) const {
+        for (int64_t i = 0; i < AT_ONCE; i++) {
+            numbers(level, task.expert, std::min(task.row + i, task.last), blocks, to + i * room, scratch.bytes.data);
+            // Blocks that are not there meet zeros, and must not be NaN.
+            memset(to + i * room + blocks, 0, (room - blocks) * sizeof(float));
+        }
+        task.prefetch_later(level);
+    }
+
+    void by_block(const float* from, float* to) const {
+        const Z rows = _mm512_mullo_epi32((Z)lane_numbers(), _mm512_set1_epi32((int)room));
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t i = 0; i < AT_ONCE; i += LANES)
+                store(to + b * AT_ONCE + i, (F)_mm512_i32gather_ps(rows, from + i * room + b, 4));
+    }
+};
+
+} // namespace
+
+#endif
