@@ -10,8 +10,8 @@ the weights that a token multiplies with, nothing else counted.
 
 Before any ratio is printed, the logits of each model of ours are compared with those of a copy whose weights are
 decoded, and what every way generates is as long as it should be. The column `logits` is the relative error against
-bfloat16, on random weights, which is larger than on trained ones. All processes together take 6 GB for the larger
-model; `--one-at-a-time` runs one after the other instead, and its ratios are of medians.
+bfloat16, on random weights, which is larger than on trained ones. All processes together take some 15 GB for the larger
+model; with `--one-at-a-time` one follows on the other, and load that comes and goes meets some of them alone.
 """
 
 from __future__ import annotations
