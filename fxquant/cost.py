@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import sympy  # comes with torch
 
@@ -190,7 +190,10 @@ def cost(scheme: Scheme | str, way: Way, device: Device) -> Cost:
 
     Raises:
         SchemeError: there is no such scheme.
+        ValueError: there is no such way.
     """
+    if way not in get_args(Way):
+        raise ValueError(f"no way to compute a linear is called {way!r}; there are {', '.join(get_args(Way))}")
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     x, y = _FLOAT * M * K, _FLOAT * M * N
     nothing = sympy.Integer(0)
@@ -205,18 +208,18 @@ def cost(scheme: Scheme | str, way: Way, device: Device) -> Cost:
         )
         return Cost((decode, Phase(weight + x, y, M * N * K, unit, nothing)), device)
     codes = M * K if scheme.activation else nothing  # written and read again, a byte each
-    kernel, decoding = _packed(scheme, device)
+    kernel, decoding = _packed(scheme, device.tile)
     return Cost((Phase(weight_bytes(scheme) + x + codes, y + codes, M * N * K, kernel, decoding),), device)
 
 
-def _packed(scheme: Scheme, device: Device) -> tuple[Unit, sympy.Expr]:
+def _packed(scheme: Scheme, tile: int) -> tuple[Unit, sympy.Expr]:
     """Whose rate the products of a packed kernel have, and the operations besides them."""
     element, activation = scheme.spec, scheme.activation
     on_codes = activation is not None and element.kind == {"int8": "int", "fp8": "float"}[activation.element]
     each = _isolating(element) if on_codes else decoding_operations(element)
     # Sums over blocks are scaled, corrected by a zero point where there is one, and converted where they are integers.
     per_sum = 1 + (scheme.zero != "none") + on_codes
-    times = sympy.Max(1, M / sympy.Integer(device.tile))
+    times = sympy.Max(1, M / sympy.Integer(tile))
     decoding = N * K * _exact(each) * times + per_sum * M * N * K / (scheme.block.columns or K)
     return cast(Unit, activation.element) if activation and on_codes else "packed", decoding
 
@@ -233,6 +236,10 @@ def overtakes(later: Way, earlier: Way, scheme: Scheme | str, device: Device, n:
         device: whose rates count.
         n: rows of the weight.
         k: its columns.
+
+    Raises:
+        SchemeError: there is no such scheme.
+        ValueError: there is no such way.
     """
     return _overtakes(later, earlier, Scheme.parse(str(scheme)), device, n, k)
 

@@ -153,6 +153,11 @@ def test_no_such_scheme_is_an_error() -> None:
         cost("int44", "packed", DEVICES["h200"])
 
 
+def test_no_such_way_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'fused'; there are packed, decoded, full"):
+        overtakes("full", "fused", "int4", DEVICES["h200"], 64, 64)  # type: ignore[arg-type]
+
+
 def test_the_cpu_at_hand_can_be_measured() -> None:
     found = probe(nbytes=1 << 20, size=64)
     assert min(found.read, found.fp32, found.bf16, found.packed, found.int8) > 0
