@@ -97,7 +97,7 @@ def _kept(model: nn.Module, record: Record | None) -> Iterator[Kept]:
             yield Kept(site.name, site.n * site.k, nbytes, reason)
     yield from _kept_experts(model, planned, unplanned)
     bare = [e for e in record.plan.kept if e.kind == "bare"] if record else []
-    yield from (Kept(e.name, math.prod(e.shape), e.bytes_before, e.reason) for e in bare)
+    yield from (Kept(e.name, math.prod(e.shape), e.bytes_before, e.reason, "bare") for e in bare)
 
 
 def _kept_experts(model: nn.Module, planned: Mapping[str, str], unplanned: str) -> Iterator[Kept]:
@@ -107,7 +107,7 @@ def _kept_experts(model: nn.Module, planned: Mapping[str, str], unplanned: str) 
         for e, projection, scheme in module.matrices():
             if scheme is None:
                 full, (n, k) = expert_name(name, e, projection.name), module.matrix_shape(projection)
-                yield Kept(full, n * k, n * k * module.dtype.itemsize, planned.get(full) or unplanned)
+                yield Kept(full, n * k, n * k * module.dtype.itemsize, planned.get(full) or unplanned, "expert")
     firsts = {
         f"{site.name}.{p.parameter}".lstrip("."): planned.get(expert_name(site.name, 0, p.name))
         for site in find_experts(model)
@@ -116,7 +116,7 @@ def _kept_experts(model: nn.Module, planned: Mapping[str, str], unplanned: str) 
     for stack in find_stacked(model):
         if stack.module_name not in containers:
             reason = planned.get(stack.name) or firsts.get(stack.name) or unplanned
-            yield Kept(stack.name, math.prod(stack.shape), stack.nbytes, reason)
+            yield Kept(stack.name, math.prod(stack.shape), stack.nbytes, reason, "stacked")
 
 
 def _nbytes(tensor: Tensor) -> int:

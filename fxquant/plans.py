@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fxquant.codecs import ScaleSearch
 from fxquant.scheme import Scheme
+from fxquant.speed_notes import Multiplied, speed_notes
 from fxquant.tables import Table, bytes_text
 
 
@@ -102,6 +103,7 @@ class Plan:
             f"{len(self.quantized)} of {len(self.entries)} weights quantized; "
             f"{bytes_text(before)} become {bytes_text(after)}; other parameters stay: {bytes_text(self.other_bytes)}"
         ]
+        notes += speed_notes(self._multiplied())
         if self.graph != "captured":
             notes.append(f"no graph: {self.graph}")
         return Table(
@@ -111,6 +113,10 @@ class Plan:
             right=frozenset({3, 4}),
             notes=tuple(notes),
         )
+
+    def _multiplied(self) -> list[Multiplied]:
+        entries = [e for e in self.entries if len(e.shape) == 2]  # of a stack, a shape does not tell what a token reads
+        return [Multiplied(e.shape[0], e.shape[1], e.bytes_before, e.scheme, e.kind == "expert") for e in entries]
 
     def __str__(self) -> str:
         """The table, one row for layers that differ in their numbers alone."""

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fxquant.plans import merged_name, name_pattern, without_numbers
+from fxquant.scheme import Scheme
+from fxquant.speed_notes import Multiplied, speed_notes
 from fxquant.tables import Table, bytes_text
 
 _WORST = 3
@@ -50,6 +52,8 @@ class Kept:
     weights: int
     nbytes: int
     reason: str
+    kind: Literal["linear", "expert", "stacked", "bare"] = "linear"
+    """As in `fxquant.plans.PlanEntry`; of a stack of experts, of which none is quantized, `stacked`."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,14 @@ class Report:
         linears = f"{len(self.layers) - experts} linears"
         return f"{linears} and {experts} matrices of experts" if experts else linears
 
+    def _multiplied(self) -> list[Multiplied]:
+        schemes = {spelling: Scheme.parse(spelling) for spelling in {x.scheme for x in self.layers}}
+        found = [Multiplied(x.n, x.k, x.bytes_before, schemes[x.scheme], x.kind == "expert") for x in self.layers]
+        kept = [
+            x for x in self.kept if x.kind != "stacked"
+        ]  # how much of a stack a token reads, its shape does not tell
+        return found + [Multiplied(1, x.weights, x.nbytes, None, x.kind == "expert") for x in kept]
+
     def _notes(self) -> Iterator[str]:
         yield (
             f"{self.counted} quantized: {_percent(self.coverage)} of the weights of linears and experts, "
@@ -159,6 +171,7 @@ class Report:
             f"whole model: {bytes_text(before)} -> {bytes_text(after)}, {before / after:.2f} times smaller, "
             f"{8 * after / self.parameters:.4g} bits per parameter"
         )
+        yield from speed_notes(self._multiplied())
         if worst := self.worst():
             names = ", ".join(f"{x.name} {x.error:.2e} ({_db(x.sqnr_db)})" for x in worst)
             yield f"largest errors |W - W'|^2 / |W|^2: {names}"

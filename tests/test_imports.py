@@ -15,11 +15,21 @@ import fxquant
 import fxquant.passes
 
 FLOORS: list[set[str]] = [
-    {"errors", "tables", "unchanged", "capture_errors", "graph_layout", "inductor", "demo_data", "expert_forwards"},
+    {
+        "errors",
+        "tables",
+        "unchanged",
+        "capture_errors",
+        "graph_layout",
+        "inductor",
+        "demo_data",
+        "expert_forwards",
+        "devices",
+    },
     {"listing", "bits", "expert_layouts", "checkpoint_files"},
     {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
-    {"native", "experts", "expert_containers"},
-    {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view", "tensor_files"},
+    {"native", "experts", "expert_containers", "cost"},
+    {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view", "tensor_files", "speed_notes"},
     {"quantized_matmul", "op_arguments", "op_registration", "plane_stacks", "unfinished", "recoding"},
     {"expert_matmul"},
     {"ops", "plans", "rule", "histories", "checkpoints", "expert_stacks", "checkpoint_contents"},

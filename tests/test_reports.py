@@ -138,7 +138,7 @@ def test_the_notes_say_it_in_words(found: Report) -> None:
     notes = found.table().notes
     assert f"{len(found.layers)} linears quantized: {100 * found.coverage:.1f} %" in notes[0]
     assert f"{found.ratio:.2f} times smaller" in notes[1]
-    assert found.worst(1)[0].name in notes[3]
+    assert found.worst(1)[0].name in notes[5]
     assert sum("in full precision" in note for note in notes) == len({k.reason for k in found.kept})
     assert "lm_head" in notes[-1] + notes[-2]
     html = found._repr_html_()

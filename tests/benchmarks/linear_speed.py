@@ -1,179 +1,121 @@
-"""Few rows times a weight on a CPU: the op on planes beside oneDNN's bfloat16, ATen's int4 and bitsandbytes.
+"""Rows times a weight on a CPU: the op on planes beside oneDNN, ATen, bitsandbytes, torchao and plain Inductor.
 
-    python tests/benchmarks/linear_speed.py [--rows 1 4 8 16] [--shape 4096 4096] [--rounds 15] [--json FILE]
+    python tests/benchmarks/linear_speed.py [--rows 1 4 16 64] [--shape 4096 4096] [--json FILE] [--plot FILE.png]
 
-bfloat16 inputs. Every method runs once in every round, each on the next of so many copies of its weight that they take
-128 MB together, so that other load meets all of them and no cache holds them. Ratios are to the fastest rival of the
-same round (of the same numbers of rows): their median, least and most. Before any ratio is printed, what a method gives
-is compared with float64. `experts_speed.py` does the same for a layer of experts.
+bfloat16 inputs. Every method runs once in every round, in turn the first, each on the next of so many copies of its
+weight that they take 128 MB together, so that other load meets all of them and no cache holds them. Ratios are to the
+fastest rival of the same round (of the same numbers of rows): their median, least and most. GB/s are bytes of the
+weight as it is stored, beside what torch reads in the same rounds. Before any ratio is printed, what a method gives is
+compared with float64. Schemes that quantize activations are another class of accuracy: they have tables of their own,
+and so have their rivals. What does not run here is named below the tables. `experts_speed.py` does the same for a layer
+of experts, `grid_speed.py` for many shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+import linear_rivals
 import torch
-import torch.nn.functional as F
+from linear_methods import Method, decoded_first, function, op, planes_of, run_rounds, wrong
 from rich.console import Console
-from side_by_side import Timed, report
+from side_by_side import Reading, report
+from speed_plot import plot
 from torch import Tensor
 
-from fxquant import codecs, native
-from fxquant.ops import ABI
+from fxquant import native
 from fxquant.scheme import Scheme
 
-SCHEMES = ("int4", "nf4", "nf4-dq", "q4_k", "mxfp4", "int8", "fp8")
-STEP = 2.0**-8
-"""Half the distance from 1 to the next larger bfloat16."""
+SCHEMES = ("int4", "nf4", "nf4-dq", "q4_k", "mxfp4", "int8", "fp8", "int4-g128+int8", "int8+int8")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-@dataclass
-class Method(Timed):
-    """One way to compute, with copies of its weight."""
-
-    copies: list[Callable[[Tensor], Tensor]]
-    weight: Tensor
-    """What the first copy stands for, float32."""
-    calls: int = 0
-
-    def run(self, x: Tensor) -> None:
-        copy = self.copies[self.calls % len(self.copies)]
-        self.calls += 1
-        start = time.perf_counter()
-        copy(x)
-        self.seconds.append(time.perf_counter() - start)
-
-
-def copies_of(nbytes: int, megabytes: float) -> int:
-    return max(2, math.ceil(megabytes * 1e6 / nbytes))
-
-
-def ours(spelling: str, weight: Tensor, megabytes: float) -> list[Method]:
-    scheme, (n, k) = Scheme.parse(spelling), weight.shape
-    first = codecs.quantize(weight, scheme, "absmax")
-    decoded = codecs.dequantize(first, scheme, n, k)
-    planes = [{name: p.clone() for name, p in first.items()} for _ in range(copies_of(scheme.nbytes(n, k), megabytes))]
-
-    def op(held: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.ops.fxquant.linear(x, held, [], spelling, [n], ABI)
-
-    def plain(held: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: F.linear(x, codecs.dequantize(held, scheme, n, k, x.dtype))
-
-    def function(held: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            y = native.linear(x, held, scheme, n, None)
-            assert y is not None
-            return y
-
-        return run
-
-    return [
-        Method(f"{spelling}, native.linear", False, [function(p) for p in planes], decoded),
-        Method(spelling, False, [op(list(p.values())) for p in planes], decoded),
-        Method(f"{spelling}, decoded first", False, [plain(p) for p in planes[:2]], decoded),
-    ]
-
-
-def onednn(weight: Tensor, megabytes: float) -> Method:
-    def copy() -> Callable[[Tensor], Tensor]:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-    count = copies_of(2 * weight.numel(), megabytes)
-    return Method("oneDNN bfloat16, packed", True, [copy() for _ in range(count)], weight.float())
-
-
-def aten(weight: Tensor, megabytes: float) -> Method:
-    scheme, (n, k) = Scheme.parse("int4-g128"), weight.shape
-    planes = codecs.quantize(weight, scheme, "absmax")
-    fields = codecs.decode.unpack(planes["codes"], 4, k).to(torch.int32)
-    scales = torch.stack((planes["scales"], torch.zeros_like(planes["scales"])), -1).transpose(0, 1).contiguous()
-
-    def copy() -> Callable[[Tensor], Tensor]:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(fields, 1)
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 128, scales)
-
-    decoded = codecs.dequantize(planes, scheme, n, k)
-    return Method("ATen int4", True, [copy() for _ in range(copies_of(n * k // 2, megabytes))], decoded)
-
-
-def bitsandbytes(weight: Tensor, megabytes: float) -> Method:
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    n, k = weight.shape
-
-    def copy() -> Linear4bit:
-        linear = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4")
-        linear.weight = Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4")
-        return linear.to("cpu").eval()
-
-    first = copy()
-    decoded = dequantize_4bit(first.weight.data, first.weight.quant_state).float()
-    count = copies_of(n * k // 2, megabytes)
-    return Method("bitsandbytes nf4", True, [first, *(copy() for _ in range(count - 1))], decoded)
-
-
-def linears(shape: Sequence[int], schemes: Sequence[str], megabytes: float) -> list[Method]:
-    weight = torch.randn(*shape).mul_(0.02).bfloat16()
-    methods = [method for spelling in schemes for method in ours(spelling, weight, megabytes)]
-    methods += [onednn(weight, megabytes), aten(weight, megabytes)]
-    if importlib.util.find_spec("bitsandbytes"):
-        methods.append(bitsandbytes(weight, megabytes))
+def ours(spelling: str, weight: Tensor, megabytes: float, every: bool) -> list[Method]:
+    """The op, and, where `every` way is asked for, what it consists of."""
+    planes, decoded = planes_of(spelling, weight, megabytes)
+    methods = [op(spelling, planes, decoded)]
+    if every and not Scheme.parse(spelling).activation:
+        if (
+            native.linear(torch.zeros(1, weight.shape[1]), planes[0], Scheme.parse(spelling), len(weight), None)
+            is not None
+        ):
+            methods.append(function(spelling, planes, decoded))
+        methods.append(decoded_first(spelling, planes, decoded))
     return methods
 
 
-def wrong(methods: list[Method], rows: int, k: int) -> list[str]:
-    """Methods whose result is further from float64 than the roundings of a bfloat16 weight and result explain."""
-    x = torch.randn(rows, k).bfloat16()
-    found = []
-    for method in methods:
-        y = method.copies[0](x).double()
-        reference, magnitude = x.double() @ method.weight.double().T, x.double().abs() @ method.weight.double().abs().T
-        off = ((y - reference).abs() / magnitude).max().item()
-        if not off <= 4 * STEP + k * 2.0**-24:
-            found.append(f"{method.name}, {rows} rows: off by {off:.2e} of the sum of magnitudes")
-    return found
+def blocks(options: argparse.Namespace, weight: Tensor) -> tuple[dict[str, list[Method]], list[str]]:
+    """Methods by the table that they belong to, and what is absent."""
+    found: dict[str, list[Method]] = {}
+    absent: list[str] = []
+    kinds = {"weights alone": linear_rivals.WEIGHT_ONLY, "activations in 8 bits too": linear_rivals.ACTIVATIONS}
+    for kind, rivals in kinds.items():
+        chosen = [s for s in options.schemes if (Scheme.parse(s).activation is not None) == (kind != "weights alone")]
+        if chosen:
+            methods = [m for s in chosen for m in ours(s, weight, options.megabytes, options.every_way)]
+            others, missing = linear_rivals.present(rivals, weight, options.megabytes)
+            if kind == "weights alone":
+                others += [linear_rivals.inductor(s, weight, options.megabytes) for s in options.inductor]
+            found[kind], absent = [*methods, *others], absent + missing
+    return found, absent
 
 
-def main() -> None:
+def measure(options: argparse.Namespace, console: Console) -> list[dict[str, object]]:
+    weight, lines = torch.randn(*options.shape).mul_(0.02).bfloat16(), []
+    found, absent = blocks(options, weight)
+    reading = Reading.of()
+    for rows in options.rows:
+        torch.compiler.reset()  # a graph for these rows, not one for any number of them
+        x = torch.randn(rows, options.shape[1]).bfloat16()
+        for kind, methods in found.items():
+            if problems := wrong(methods, x):
+                sys.exit("not correct, so no speeds:\n  " + "\n  ".join(problems))
+            run_rounds(methods, x, options.rounds, reading)
+            printed = report(methods, rows, f"rows, {kind}", console, reading)
+            lines += [{**line, "kind": kind} for line in printed]
+    for reason in absent:
+        console.print(f"absent: {reason}")
+    return lines
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="*", default=(1, 4, 8, 16), help="of x")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS, help="of x")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), help="N and K")
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
+    parser.add_argument("--inductor", nargs="*", default=("int4",), help="schemes that plain Inductor compiles as well")
+    parser.add_argument(
+        "--every-way", action="store_true", help="the kernel without the dispatcher, and decoding first"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--megabytes", type=float, default=128, help="of copies of a weight")
     parser.add_argument("--json", type=Path, help="write every time and ratio there")
-    options = parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="draw ratios to oneDNN's bfloat16 by rows there; needs matplotlib")
+    return parser.parse_args(given)
+
+
+def versions(threads: int) -> str:
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+
+
+def main() -> None:
+    options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    console, lines = Console(width=None if sys.stdout.isatty() else 160), []
-    versions = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} threads"
-    console.print(f"{versions}, {options.rounds} rounds")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    about = f"{versions(options.threads)}, {options.shape[0]} x {options.shape[1]}"
+    console.print(f"{about}, {options.rounds} rounds")
     with torch.inference_mode():
-        methods = linears(options.shape, options.schemes, options.megabytes)
-        for rows in options.rows:
-            if found := wrong(methods, rows, options.shape[1]):
-                sys.exit("not correct, so no speeds:\n  " + "\n  ".join(found))
-            x = torch.randn(rows, options.shape[1]).bfloat16()
-            for method in methods:
-                method.seconds.clear()
-            for _ in range(options.rounds):
-                for method in methods:
-                    method.run(x)
-            lines += report(methods, rows, "rows", console)
+        lines = measure(options, console)
     if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "lines": lines}, indent=1))
+        options.json.write_text(json.dumps({"versions": about, "lines": lines}, indent=1))
+    if options.plot:
+        plot(lines, about, options.plot)
 
 
 if __name__ == "__main__":

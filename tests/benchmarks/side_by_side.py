@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,14 +20,51 @@ class Timed:
     rival: bool
     """Others are compared with it."""
     seconds: list[float] = field(default_factory=list, kw_only=True)
+    nbytes: int = field(default=0, kw_only=True)
+    """Bytes of the weight, read in every call; 0: not told."""
 
 
-def report(methods: Sequence[Timed], rows: int, what: str, console: Console) -> list[dict[str, object]]:
-    """Print a table of all methods; give back its lines, with every time."""
+@dataclass
+class Reading(Timed):
+    """A read of an array that no cache holds, by torch's matrix-vector product: the bandwidth of each round."""
+
+    arrays: list[torch.Tensor] = field(default_factory=list, kw_only=True)
+
+    @staticmethod
+    def of(megabytes: int = 64, copies: int = 4) -> Reading:
+        arrays = [torch.ones(megabytes << 8, 1024) for _ in range(copies)]
+        return Reading("read", False, nbytes=arrays[0].nbytes, arrays=arrays)
+
+    def run(self) -> None:
+        array = self.arrays[len(self.seconds) % len(self.arrays)]
+        ones = torch.ones(array.shape[1])
+        self.seconds.append(seconds_of(lambda: torch.mv(array, ones)))
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second, median of the rounds."""
+        return self.nbytes / statistics.median(self.seconds)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def report(
+    methods: Sequence[Timed], rows: int, what: str, console: Console, reading: Reading | None = None
+) -> list[dict[str, object]]:
+    """Print a table of all methods; give back its lines, with every time.
+
+    With a `reading` of the same rounds there are two columns more: GB/s of weights, and their share of what it reads.
+    """
     rivals = [method for method in methods if method.rival]
     best = [min(times) for times in zip(*(rival.seconds for rival in rivals), strict=True)]
-    columns = ("ms", "x best rival", "least", "most", *(f"x {r.name}" for r in rivals))
-    table = Table(f"{rows} {what}", *columns, box=None)
+    bandwidth = ("GB/s", "of read") if reading else ()
+    columns = ("ms", *bandwidth, "x best rival", "least", "most", *(f"x {r.name}" for r in rivals))
+    title = f"{rows} {what}" + (f", {reading.rate / 1e9:.1f} GB/s read" if reading else "")
+    table = Table("", *columns, box=None)
     lines: list[dict[str, object]] = []
     for method in methods:
         ratios = [other / own for other, own in zip(best, method.seconds, strict=True)]
@@ -35,9 +74,17 @@ def report(methods: Sequence[Timed], rows: int, what: str, console: Console) -> 
         }
         middle = statistics.median(ratios)
         numbers = [f"{v:.2f}" for v in (middle, min(ratios), max(ratios), *medians.values())]
+        line = {"rows": rows, "method": method.name, "rival": method.rival, "seconds": method.seconds}
+        line |= {"ratio": middle, "ratios": medians}
+        if reading:
+            rate = method.nbytes / statistics.median(method.seconds)
+            share = statistics.median(
+                method.nbytes / own * other / reading.nbytes
+                for own, other in zip(method.seconds, reading.seconds, strict=True)
+            )
+            numbers = [f"{rate / 1e9:.1f}", f"{100 * share:.0f} %", *numbers]
+            line |= {"bytes per second": rate, "share of read": share}
         table.add_row(method.name, f"{1e3 * statistics.median(method.seconds):.3f}", *numbers)
-        lines.append(
-            {"rows": rows, "method": method.name, "seconds": method.seconds, "ratio": middle, "ratios": medians}
-        )
-    console.print(table)
+        lines.append(line)
+    console.print(f"\n[bold]{title}[/bold]", table, sep="\n")
     return lines
