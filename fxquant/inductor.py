@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; since torch 1.11, read in 2.11 and 2.13
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
 from torch.utils import _pytree as pytree  # torch.export's own, which has no public name yet; 2.11 to 2.13
 
-__all__ = ["FakeTensor", "OpOverload", "compile_cpp", "compile_graph", "pytree"]
+__all__ = [
+    "FakeTensor",
+    "OpOverload",
+    "add_lowering",
+    "as_it_is",
+    "compile_cpp",
+    "compile_graph",
+    "constant",
+    "from_template",
+    "is_size",
+    "likely_size",
+    "lowered",
+    "pytree",
+    "realized",
+    "searches_kernels",
+    "triton_template",
+]
 
 
 def compile_graph(
@@ -39,3 +56,107 @@ def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
 
     built: Any = CppCodeCache.load(source, extra_flags=tuple(flags))
     return cast(ctypes.CDLL, built)
+
+
+def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:
+    """Let Inductor lower `op` by `lower`, from the moment on at which Inductor itself is imported; before: nothing.
+
+    `register_lowering(op, type_promotion_kind=None)`, which wraps `lower`, and the dictionary `lowerings`, where
+    Inductor also puts the fallback of an op that it has met without a lowering: read in torch 2.11, 2.13.
+    """
+    # Inductor takes seconds to import. It is there before it traces, and whoever compiles nothing needs none of it.
+    module: Any = sys.modules.get("torch._inductor.lowering")
+    if module is None or not hasattr(module, "register_lowering"):
+        return
+    if getattr(module.lowerings.get(op), "__wrapped__", None) is not lower:
+        module.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def lowered(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Inductor makes of a call of `op` on values of its own: another such value. In torch 2.11, 2.13 alike."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[op](*args, **kwargs)
+
+
+def as_it_is(op: OpOverload, *args: Any) -> Any:
+    """A call of `op` from the generated code, as of an op that has no lowering: read in torch 2.11, 2.13."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def constant(tensor: Tensor) -> Any:
+    """A tensor that is known when a graph is compiled, as a value: `add_tensor_constant`, read in torch 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return V.graph.add_tensor_constant(tensor)
+
+
+def realized(value: Any) -> Any:
+    """The value as a contiguous buffer in memory: read in torch 2.11, 2.13."""
+    from torch._inductor.ir import ExternKernel
+
+    return ExternKernel.require_contiguous(ExternKernel.realize_input(value))
+
+
+def is_size(size: Any, number: int) -> bool:
+    """Whether a size of Inductor's, maybe a symbol, is this number for certain: read in torch 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.statically_known_equals(size, number))
+
+
+def likely_size(size: Any, unknown: int) -> int:
+    """What a size of Inductor's, maybe a symbol, was when the graph was traced; `unknown` where nothing tells.
+
+    `size_hint` in torch 2.11, `optimization_hint` in 2.13.
+    """
+    from torch._inductor.virtualized import V
+
+    sizes: Any = V.graph.sizevars
+    hint = sizes.optimization_hint if hasattr(sizes, "optimization_hint") else sizes.size_hint
+    return int(hint(size, fallback=unknown))
+
+
+def searches_kernels() -> bool:
+    """Whether the user asked for kernels to be chosen by measurement: read in torch 2.11, 2.13."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def triton_template(name: str, source: str) -> Any:
+    """A kernel into which Inductor fuses what follows it. One per name and process: Inductor refuses a second one.
+
+    `source` is Triton in Inductor's Jinja; a program computes BLOCK_M x BLOCK_N of a matrix.
+    `TritonTemplate(name=, grid=, source=)` and `SymbolicGridFn`: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    @SymbolicGridFn
+    def grid(m: Any, n: Any, meta: Mapping[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, int, int]:
+        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1
+
+    return TritonTemplate(name=name, grid=grid, source=source)
+
+
+def from_template(
+    template: Any, inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, Any]]
+) -> Any | None:
+    """A matrix of this size in the dtype of the first input, by the best of the configs; None where there is none.
+
+    With one config nothing is measured. `maybe_append_choice(choices, input_nodes=, layout=, ...)` and
+    `autotune_select_algorithm`, which returns a pair from torch 2.12 on: read in 2.11, 2.13.
+    """
+    from torch._inductor.ir import FixedLayout
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    layout = FixedLayout(inputs[0].get_device(), inputs[0].get_dtype(), list(size))
+    choices: list[Any] = []
+    for config in configs:
+        template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **config)
+    if not choices:
+        return None
+    found = autotune_select_algorithm(template.name, choices, list(inputs), layout)
+    return found[0] if isinstance(found, tuple) else found

@@ -24,12 +24,13 @@ from fxquant import native
 from fxquant.activation_codecs import CODE_DTYPES
 from fxquant.activation_codecs import quantize_activation as encode_activation
 from fxquant.codecs import dequantize as decode
+from fxquant.lowering import register as register_lowering
 from fxquant.op_arguments import check_codes, checked_activation, planes_by_weight, scales_shape
 from fxquant.op_registration import define, with_autocast
 from fxquant.quantized_matmul import multiply
 from fxquant.scheme import Scheme
 
-ABI = 1
+ABI = 2
 """Number of the ops' contract, an argument of every op and so a part of every compile-cache key.
 
 Inductor's cache does not know the source of our kernels: raise this when a kernel, its packing or its meaning changes.
@@ -120,6 +121,7 @@ def _linear_fake(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor:
     planes_by_weight(planes, rows, scheme, x.shape[-1])
+    register_lowering()
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 

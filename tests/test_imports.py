@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"listing", "bits", "expert_layouts", "checkpoint_files"},
     {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
     {"native", "experts", "expert_containers"},
-    {"codecs", "activation_codecs", "torchao_configs", "graph_picture", "graph_view", "tensor_files"},
+    {"codecs", "activation_codecs", "lowering", "torchao_configs", "graph_picture", "graph_view", "tensor_files"},
     {"quantized_matmul", "op_arguments", "op_registration", "plane_stacks", "unfinished", "recoding"},
     {"expert_matmul"},
     {"ops", "plans", "rule", "histories", "checkpoints", "expert_stacks", "checkpoint_contents"},

@@ -1,0 +1,87 @@
+"""Which kernel multiplies: by device, dtype and rows of the input. Data; no GPU has measured it yet.
+
+The limits follow from what the ways read and compute. One row of x leaves tensor cores idle, so that only bytes count.
+Up to some hundred rows the bytes of the weight still dominate, and codes are decoded next to the product. From there on
+a product is bound by arithmetic, where the vendor's library is best: it costs `(bits / 8 + 2 * itemsize) * n * k` bytes
+more to decode the weight once, as much as the product of about 230 rows on an H100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+Way = Literal["gemv", "tiles", "decoded"]
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Inputs that go one way."""
+
+    way: Way
+    bits: tuple[int, ...]
+    """Of a code."""
+    dtypes: tuple[torch.dtype, ...]
+    """Of the input."""
+    most: int | None
+    """Rows of the input; None: however many."""
+
+
+WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
+    {
+        "cuda": (
+            Span("gemv", (4, 8), (*_HALVES, torch.float32), 1),
+            Span("tiles", (4,), _HALVES, 192),
+            Span("tiles", (8,), _HALVES, 128),
+            # Tensor cores would round float32 inputs to tf32: these go to the library, which asks the user.
+            Span("decoded", (4, 8), (*_HALVES, torch.float32), None),
+        )
+    }
+)
+"""By device type; the first that fits is taken. What none fits is computed by the op as it is."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of the tiled kernel computes, and how."""
+
+    rows: int
+    """Of x, at least 16: what tensor cores take."""
+    columns: int
+    """Of the result: rows of the weight."""
+    depth: int
+    """The most columns of the weight that one step reads."""
+    warps: int
+    stages: int
+
+
+TILES: tuple[tuple[int, Tile], ...] = (
+    (16, Tile(16, 32, 128, 4, 4)),
+    (32, Tile(32, 64, 128, 4, 4)),
+    (64, Tile(64, 64, 128, 4, 3)),
+    (192, Tile(64, 128, 64, 8, 3)),
+)
+"""The most rows of x, and the tile for them. Narrow tiles where rows are few: a 4096-row weight still has 128 programs.
+Under max-autotune, all of them are tried."""
+UNKNOWN_ROWS = 64
+"""So many rows a symbolic batch is taken to have where nothing tells."""
+
+
+def ways(device: str, bits: int, dtype: torch.dtype, rows: int) -> tuple[Way, ...]:
+    """The ways that such a product may go, the best first."""
+    fitting = (
+        span
+        for span in WAYS.get(device, ())
+        if bits in span.bits and dtype in span.dtypes and (span.most is None or rows <= span.most)
+    )
+    return tuple(span.way for span in fitting)
+
+
+def tiles(rows: int) -> tuple[Tile, ...]:
+    """The tiles, those for so many rows of x first."""
+    return tuple(tile for _, tile in sorted(TILES, key=lambda entry: (rows > entry[0], entry[0])))

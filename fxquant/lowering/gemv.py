@@ -1,0 +1,40 @@
+"""One row times a weight, out of Inductor's own operations: a reduction that fuses with what stands around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxquant.inductor import lowered
+from fxquant.lowering.formats import Format
+from fxquant.lowering.values import aten, cast, decoded_codes, high_half, low_half, offsets, scales, table
+
+
+def gemv(x: Any, planes: Sequence[Any], form: Format, n: int, k: int) -> Any:
+    """`W @ x` for x of k numbers: float32 `[n]`, with W in float32. Every byte of the codes is read once."""
+    codes, groups = planes[0], k // form.group
+    per_byte = 8 // form.bits
+    width = form.group // per_byte
+    lanes = lowered(aten.view, x, [groups, width, per_byte])
+    inputs = [cast(lowered(aten.select, lanes, 2, i), torch.float32) for i in range(per_byte)]
+    stored = lowered(aten.view, codes, [n, groups, width])
+    fields = [low_half(stored), high_half(stored)] if per_byte == 2 else [stored]
+    found, offset, scale = table(form, x), offsets(planes, form, n, k), scales(planes[1], form, n, k)
+    values = [decoded_codes(part, form, found) for part in fields]
+    if offset is not None and form.zero != "bias":
+        values = [lowered(aten.sub, value, lowered(aten.unsqueeze, offset, 2)) for value in values]
+    terms = _sum(lowered(aten.mul, value, part) for value, part in zip(values, inputs, strict=True))
+    terms = lowered(aten.mul, terms, lowered(aten.unsqueeze, scale, 2))
+    if form.zero == "bias":
+        shift = lowered(aten.mul, lowered(aten.unsqueeze, offset, 2), _sum(inputs))
+        terms = lowered(aten.add, terms, shift)
+    return lowered(aten.sum, terms, [1, 2])
+
+
+def _sum(values: Any) -> Any:
+    first, *rest = values
+    for value in rest:
+        first = lowered(aten.add, first, value)
+    return first
