@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
-from torch import Tensor, fx
+from torch import Tensor, fx, ops
 from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; since torch 1.11, read in 2.11 and 2.13
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
 from torch.utils import _pytree as pytree  # torch.export's own, which has no public name yet; 2.11 to 2.13
@@ -27,6 +28,7 @@ __all__ = [
     "pytree",
     "realized",
     "searches_kernels",
+    "side_by_side",
     "triton_template",
 ]
 
@@ -91,6 +93,19 @@ def constant(tensor: Tensor) -> Any:
     from torch._inductor.virtualized import V
 
     return V.graph.add_tensor_constant(tensor)
+
+
+def side_by_side(values: Sequence[Any]) -> Any:
+    """The values joined along their last dimension.
+
+    The lowering of `aten.cat` and `set_current_node`: read in torch 2.11, 2.13. In 2.11 the current node has to be an
+    `aten.cat`, whose inputs are asked for their memory format: a list of no inputs is the answer.
+    """
+    from torch._inductor.virtualized import V
+
+    users = V.graph.current_node.users
+    with V.graph.set_current_node(cast(Any, SimpleNamespace(args=([],), users=users))):
+        return lowered(ops.aten.cat, list(values), -1)
 
 
 def realized(value: Any) -> Any:

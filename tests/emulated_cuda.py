@@ -46,6 +46,7 @@ def emulate(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
     import torch._dynamo.device_interface as interfaces
     import torch._inductor.config as config
+    import torch._subclasses.fake_tensor as fake_tensor
     import torch.utils._triton as has
 
     properties = Properties()
@@ -54,11 +55,13 @@ def emulate(folder: str) -> None:
     cuda.get_device_properties, cuda.get_device_capability = _returning(properties), _returning((9, 0))
     cuda._lazy_init = cuda.synchronize = _returning(None)
     cuda.device = cuda._DeviceGuard = _Device
-    cuda.set_device = _returning(None)
+    cuda.set_device = cuda.set_rng_state = _returning(None)
+    cuda.get_rng_state = _returning(torch.zeros(16, dtype=torch.uint8))
     torch.version.cuda = torch.version.cuda or "13.0"
     torch._C._cuda_getCurrentRawStream = _returning(0)
     for name in ("setDevice", "exchangeDevice", "maybeExchangeDevice"):
         setattr(torch._C, f"_cuda_{name}", _returning(0))
+    fake_tensor.init_gpu_context = _returning(None)
     has.has_triton = _returning(True)
     interfaces.init_device_reg()
     found: Any = interfaces.CudaInterface

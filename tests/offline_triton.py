@@ -18,7 +18,7 @@ import torch
 from emulated_cuda import Generated
 from torch import Tensor
 
-BLOCKS = {"XBLOCK": 8, "YBLOCK": 8, "R0_BLOCK": 64}
+BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 64}
 """Of kernels that Inductor would otherwise tune."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered
+from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, side_by_side
 from fxquant.lowering.decoded import product, weight
 from fxquant.lowering.dispatch import UNKNOWN_ROWS, ways
 from fxquant.lowering.formats import Format, format_of
@@ -28,7 +28,7 @@ def lower(x: Any, planes: Sequence[Any], biases: Sequence[Any], scheme: str, row
     outputs = _outputs(x, planes, biases, scheme, rows)
     if outputs is None:
         return as_it_is(torch.ops.fxquant.linear.default, x, planes, biases, scheme, rows, abi)
-    return outputs[0] if len(outputs) == 1 else lowered(aten.cat, outputs, -1)
+    return outputs[0] if len(outputs) == 1 else side_by_side(outputs)
 
 
 def _outputs(

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from fxquant.inductor import from_template, lowered, realized, searches_kernels, triton_template
 from fxquant.lowering.dispatch import Tile, tiles
 from fxquant.lowering.formats import Format
@@ -16,6 +14,8 @@ from fxquant.lowering.values import aten, table
 
 _DEPTHS = (128, 64, 32, 16)
 """Columns that one step may read. Tensor cores take 16 at least."""
+_DEEP = 64
+"""A step of fewer columns computes too little for what it costs."""
 
 
 def tiled(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, rows: int) -> Any | None:
@@ -63,7 +63,7 @@ def _configs(form: Format, k: int, rows: int, exact: bool) -> Iterator[Mapping[s
     wanted = tiles(rows)
     seen: set[tuple[int, ...]] = set()
     for tile in wanted if searches_kernels() else wanted[:1]:
-        depth = _depth(tile, form.group, k)
+        depth = _depth(tile, form.group, k, exact)
         if depth is None or (key := (tile.rows, tile.columns, depth)) in seen:
             continue
         seen.add(key)
@@ -80,9 +80,11 @@ def _configs(form: Format, k: int, rows: int, exact: bool) -> Iterator[Mapping[s
         )
 
 
-def _depth(tile: Tile, group: int, k: int) -> int | None:
-    fitting = (d for d in _DEPTHS if d <= tile.depth and k % d == 0 and (group % d == 0 or d % group == 0))
-    return next(fitting, None)
+def _depth(tile: Tile, group: int, k: int, exact: bool) -> int | None:
+    """The columns of a step: whole steps within a group where that spares the scaling of weights, else as many."""
+    fitting = [d for d in _DEPTHS if d <= tile.depth and k % d == 0 and (group % d == 0 or d % group == 0)]
+    within = [d for d in fitting if exact and d >= _DEEP and group % d == 0]
+    return next(iter(within or fitting), None)
 
 
 @functools.cache

@@ -1,0 +1,164 @@
+"""The code that Inductor writes for fxquant::linear on CUDA: what is fused, what it compiles to, what it computes.
+
+No GPU is needed, and none is used: a device is made believe, Triton's compiler gives machine code for GPUs that are not
+there, and Triton's interpreter runs the kernels on a CPU. Times are nowhere claimed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Inductor writes Triton for CUDA")
+numpy = pytest.importorskip("numpy")
+WORKER = Path(__file__).with_name("cuda_worker.py")
+
+FUSED = {
+    # One row: gate, up and the activation in one kernel; q, k and v in one; a norm in one of its own.
+    "gated 1 int4-g128": 1,
+    "gated 1 nf4": 1,
+    "attention 1 int4-g128": 1,
+    "siblings 1 int4-g128-asym": 1,
+    "epilogue 1 mxfp4": 1,
+    "block 1 int4-g128": 3,
+    "plain 1 int8": 1,
+    "wide 1 int4-g128": 1,
+    # Some rows: one template for each linear, with bias and activation in it.
+    "epilogue 64 int4-g128": 1,
+    "epilogue 16 nf4": 1,
+    "plain 8 int4-g64-asym symbolic": 1,
+    "gated 64 int4-g128": 2,
+    "block 32 int4-g128": 4,
+    "plain 2 q4_1": 1,
+    "plain 128 int8": 1,
+}
+"""Graph: kernels, and nothing else is called."""
+DECODED = {"plain 512 int4-g128": 2, "plain 512 nf4": 2, "wide 8 int4-g128": 1, "plain 512 uint8-g64": 2}
+"""Graph: kernels beside one product of the library's."""
+AS_IT_IS = ["plain 8 nf4-dq", "plain 1 q4_k", "plain 8 int3-g64", "plain 1 fp8", "plain 8 int8+int8", "plain 1 int4-b8x128"]
+COMPILED = ["gated 1 int4-g128", "gated 1 int8", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128"]
+COMPILED += ["plain 64 nf4", "plain 64 mxfp4", "plain 32 int4-g32-asym", "plain 128 int4-g128", "plain 64 int8"]
+CAPABILITIES = [80, 90, 100]
+MOST_SHARED = 99 << 10
+"""Bytes of shared memory that a block may have on every GPU from compute capability 8.0 on."""
+
+INTEGERS = ["int4-g128", "int4-g64-asym", "uint4-g32", "int4-g32-fzero", "q4_1", "int8", "int8-g32-asym", "uint8-g16"]
+TABLES = ["nf4", "fp4", "mxfp4", "iq4_nl", "table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2,4,8)-g32-fp32"]
+
+
+def _numbers() -> list[list[Any]]:
+    """Scheme, m, rows, k, dtype, bias, searched."""
+    found: list[list[Any]] = []
+    for i, spelling in enumerate(INTEGERS + TABLES):
+        half, other = ("bfloat16", "float16") if i % 2 else ("float16", "bfloat16")
+        found.append([spelling, 1, [50], 256, half, True, False])
+        found.append([spelling, 5, [50], 384, half, True, False])
+        found.append([spelling, 33, [33], 128, other, False, False])
+    found += [
+        ["int4-g128", 1, [7], 128, "float32", True, False],  # one group is all of K
+        ["nf4", 1, [1], 64, "float32", False, False],
+        ["int4-g96-asym", 3, [18], 96, "bfloat16", False, False],  # a group that is no power of two
+        ["uint4-g16", 2, [16], 48, "float16", True, False],  # an odd number of groups
+        ["int8", 2, [40], 48, "bfloat16", False, False],
+        ["int4-g32", 1, [48, 16, 16], 96, "bfloat16", True, False],
+        ["int4-g32", 17, [48, 16, 16], 96, "bfloat16", True, False],
+        ["int4-g128-asym", 200, [20], 256, "bfloat16", True, False],  # decoded as a whole
+        ["mxfp4", 200, [20], 64, "float16", False, False],
+        ["int4-g128", 130, [140], 128, "bfloat16", True, False],  # more than one tile each way
+        ["int4-g64", 40, [70], 128, "bfloat16", False, True],
+        ["int4-g128", 4, [24], 20 * 128, "float16", False, False],
+    ]
+    return found
+
+
+NUMBERS = _numbers()
+
+
+def _ask(what: str, requests: list[Any], **environment: str) -> list[Any]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    path = [str(WORKER.parent), str(WORKER.parents[1]), *filter(None, [variables.get("PYTHONPATH")])]
+    variables["PYTHONPATH"] = os.pathsep.join(path)
+    run = subprocess.run(
+        [sys.executable, str(WORKER), what],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=variables,
+    )
+    # An exception would not be cached, and every test would start the process again.
+    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else [run.stderr[-6000:]] * len(requests)
+
+
+@functools.cache
+def fusion() -> dict[str, Any]:
+    names = [*FUSED, *DECODED, *AS_IT_IS]
+    return dict(zip(names, _ask("fusion", names), strict=True))
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    requests = [[name, CAPABILITIES] for name in COMPILED]
+    answers = _ask("machine", requests, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+    return dict(zip(COMPILED, answers, strict=True))
+
+
+def _checked(answer: Any) -> Any:
+    assert not isinstance(answer, str), answer
+    return answer
+
+
+@functools.cache
+def numbers() -> list[Any]:
+    return _ask("numbers", NUMBERS, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_kernels_of_our_own_and_nothing_else(name: str) -> None:
+    found = _checked(fusion()[name])
+    assert (len(found["launches"]), found["externs"]) == (FUSED[name], [])
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_many_rows_go_to_the_library(name: str) -> None:
+    found = _checked(fusion()[name])
+    assert (len(found["launches"]), found["externs"]) == (DECODED[name], ["extern_kernels.mm"])
+
+
+@pytest.mark.parametrize("name", AS_IT_IS)
+def test_what_has_no_kernel_stays_the_op(name: str) -> None:
+    assert _checked(fusion()[name])["externs"] == ["torch.ops.fxquant.linear.default"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", COMPILED)
+def test_machine_code(name: str, capability: int) -> None:
+    for kernel in _checked(machine()[name]):
+        if kernel["capability"] != capability:
+            continue
+        assert kernel["spilled"] == 0
+        assert kernel["shared"] <= MOST_SHARED
+        if " 1 " in name:
+            assert kernel["vector loads"] > 0
+        else:
+            assert kernel["tensor cores"] > 0
+            assert kernel["16-byte copies"] > 0
+
+
+@pytest.mark.parametrize("i", range(len(NUMBERS)), ids=["-".join(map(str, request)) for request in NUMBERS])
+def test_numbers(i: int) -> None:
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 does not run with NumPy 2.4")
+    found = _checked(numbers()[i])
+    assert found["error"] <= 1
+    assert "torch.ops.fxquant.linear.default" not in found["externs"]
