@@ -51,9 +51,10 @@ def linear(
     """`x @ W.T + bias`, accumulated in float32, rounded once to the dtype of x.
 
     Under a scheme that leaves activations alone W is `dequantize(planes)` in the dtype of x, or in float32 where a CPU
-    runs compiled kernels, see `fxquant.native.linear`. Under one that quantizes them, x is what its codes and scales
-    stand for, float32, see `fxquant.activation_codecs.quantize_activation`: a scale per token, per group of features or
-    the plane `input_scale` (which clips); features that the scheme counts as outliers are x itself. W is dequantized to
+    runs compiled kernels, see `fxquant.native.linear`, or Inductor compiles the call for a GPU, see `fxquant.lowering`.
+    Under one that quantizes them, x is what its codes and scales stand for, float32, see
+    `fxquant.activation_codecs.quantize_activation`: a scale per token, per group of features or the plane
+    `input_scale` (which clips); features that the scheme counts as outliers are x itself. W is dequantized to
     float32 there. Against the same sum in exact arithmetic, y is off by less than `(u + (K + 8) * 2**-24) * (|x| @
     |W|.T + |bias|)`, u being half the distance of 1 to the next larger number in the dtype of x, unless it overflows or
     the scales underflow. Products of int8 codes are added up as integers, exactly, where the device does that faster.

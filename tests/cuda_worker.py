@@ -1,8 +1,8 @@
-"""A process of its own for tests that need a GPU which is not there: reads a request as JSON, prints the answer as JSON.
+"""A process of its own, for tests that need a GPU which is not there: a request as JSON in, an answer as JSON out.
 
-    fusion      names of graphs -> the kernels that Inductor launches for each, and what else it calls
-    machine     [graph, compute capabilities] -> what Triton's compiler makes of its kernels
-    numbers     [scheme, m, rows, k, dtype, bias, searched] -> the largest error, in units of the contract
+fusion      names of graphs -> the kernels that Inductor launches for each, and what else it calls
+machine     [graph, compute capabilities] -> what Triton's compiler makes of its kernels
+numbers     [scheme, m, rows, k, dtype, bias, searched] -> the largest error, in units of the contract
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         emulated_cuda.emulate(folder)
         answer = fusion(requests) if what == "fusion" else globals()[what](requests, Path(folder))
-    print(json.dumps(answer))
+    sys.stdout.write(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Inductor's code generation for a CUDA device that is not there: lowering, scheduling and Triton source are real.
 
-What it shows: which kernels Inductor writes for a graph, and by Triton's compiler what becomes of them. What it does not
-show: times. Nothing is measured, and wherever Inductor would measure, it is told that the first template is best.
+What it shows: which kernels Inductor writes for a graph, and, by Triton's compiler, what becomes of them. What it does
+not show: times. Wherever Inductor would measure, it is told that the first template is best.
 The patches are for a whole process and stay: call this in a process of its own.
 """
 
@@ -115,7 +115,7 @@ def _measure_nothing() -> None:
     graph.is_same_tensor = lambda a, b: a is b  # fake tensors have no memory to compare
     cache: Any = select.AlgorithmSelectorCache
     cache.autotune, cache.lookup = times, look_up
-    cache.make_precompile_fn = lambda self, *a, **k: lambda: {}
+    cache.make_precompile_fn = lambda self, *a, **k: dict
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,14 @@ FUSED = {
 """Graph: kernels, and nothing else is called."""
 DECODED = {"plain 512 int4-g128": 2, "plain 512 nf4": 2, "wide 8 int4-g128": 1, "plain 512 uint8-g64": 2}
 """Graph: kernels beside one product of the library's."""
-AS_IT_IS = ["plain 8 nf4-dq", "plain 1 q4_k", "plain 8 int3-g64", "plain 1 fp8", "plain 8 int8+int8", "plain 1 int4-b8x128"]
+AS_IT_IS = [
+    "plain 8 nf4-dq",
+    "plain 1 q4_k",
+    "plain 8 int3-g64",
+    "plain 1 fp8",
+    "plain 8 int8+int8",
+    "plain 1 int4-b8x128",
+]
 COMPILED = ["gated 1 int4-g128", "gated 1 int8", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128"]
 COMPILED += ["plain 64 nf4", "plain 64 mxfp4", "plain 32 int4-g32-asym", "plain 128 int4-g128", "plain 64 int8"]
 CAPABILITIES = [80, 90, 100]

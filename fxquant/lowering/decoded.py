@@ -13,7 +13,7 @@ from fxquant.lowering.values import all_fields, aten, cast, decoded_codes, offse
 
 
 def weight(planes: Sequence[Any], form: Format, n: int, k: int, dtype: torch.dtype) -> Any:
-    """The `[n, k]` weight in memory: computed in float32 and rounded to `dtype`, as `fxquant.codecs.dequantize` does."""
+    """The `[n, k]` weight in memory: computed in float32, rounded to `dtype`, as `fxquant.codecs.dequantize` does."""
     groups = k // form.group
     fields = planes[0] if form.bits == 8 else all_fields(planes[0], n, k)
     values = lowered(aten.view, decoded_codes(fields, form, table(form, planes[0])), [n, groups, form.group])

@@ -63,9 +63,7 @@ def _bias(biases: Sequence[Any], i: int, dtype: torch.dtype) -> Any | None:
     return cast(biases[i], dtype) if biases and not is_size(biases[i].get_size()[0], 0) else None
 
 
-def _product(
-    x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, likely: int
-) -> Any | None:
+def _product(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, likely: int) -> Any | None:
     """`x @ W.T + bias` for x `[m, k]`, the first way that can; None where none can."""
     for way in ways(x.get_device().type, form.bits, x.get_dtype(), likely):
         if way == "gemv":

@@ -1,4 +1,4 @@
-"""Some rows times a weight: a Triton kernel that decodes codes in registers, right before the product that uses them."""
+"""Some rows times a weight: a Triton kernel that decodes codes in registers, right before they are multiplied."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def _configs(form: Format, k: int, rows: int, exact: bool) -> Iterator[Mapping[s
         if depth is None or (key := (tile.rows, tile.columns, depth)) in seen:
             continue
         seen.add(key)
-        yield dict(
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns,
-            BLOCK_K=depth,
-            GROUP=form.group,
-            GROUPS=max(depth // form.group, 1),
-            LOW=form.low,
-            SCALE_LAST=exact and depth <= form.group,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        yield {
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.columns,
+            "BLOCK_K": depth,
+            "GROUP": form.group,
+            "GROUPS": max(depth // form.group, 1),
+            "LOW": form.low,
+            "SCALE_LAST": exact and depth <= form.group,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
 
 
 def _depth(tile: Tile, group: int, k: int, exact: bool) -> int | None:
@@ -90,5 +90,3 @@ def _depth(tile: Tile, group: int, k: int, exact: bool) -> int | None:
 @functools.cache
 def _template(variant: Variant) -> Any:
     return triton_template(variant.name, source(variant))
-
-

@@ -37,7 +37,9 @@ def all_fields(codes: Any, n: int, count: int) -> Any:
     """The first `count` fields of every row of `[n, ceil(count / 2)]` bytes."""
     spread = lowered(aten.expand, lowered(aten.unsqueeze, codes, 2), [n, -(-count // 2), 2])
     bytes_ = lowered(aten.slice, lowered(aten.view, spread, [n, -(-count // 2) * 2]), 1, 0, count)
-    columns = lowered(prims.iota, count, start=0, step=1, dtype=torch.int32, device=codes.get_device(), requires_grad=False)
+    columns = lowered(
+        prims.iota, count, start=0, step=1, dtype=torch.int32, device=codes.get_device(), requires_grad=False
+    )
     shift = lowered(aten.mul, lowered(aten.bitwise_and, columns, 1), 4)
     return low_half(lowered(aten.bitwise_right_shift, cast(bytes_, torch.int32), shift))
 
