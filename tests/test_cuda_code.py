@@ -81,6 +81,8 @@ def _numbers() -> list[list[Any]]:
         ["int4-g128", 130, [140], 128, "bfloat16", True, False],  # more than one tile each way
         ["int4-g64", 40, [70], 128, "bfloat16", False, True],
         ["int4-g128", 4, [24], 20 * 128, "float16", False, False],
+        ["int8-g2", 3, [20], 64, "bfloat16", False, False],
+        ["int4-g24", 3, [20], 72, "bfloat16", False, False],  # no step that tensor cores take: decoded as a whole
     ]
     return found
 

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -72,15 +73,23 @@ def test_scales_come_last_where_codes_are_exact() -> None:
 
 @given(st.integers(1, 10_000), st.sampled_from([4, 8]), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_every_product_on_a_gpu_has_a_way(rows: int, bits: int, dtype: torch.dtype) -> None:
-    found = ways("cuda", bits, dtype, rows)
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)):
+        found = ways(torch.device("cuda"), bits, dtype, rows)
     assert found[-1] == "decoded"
     assert ("gemv" in found) == (rows == 1)
     assert "tiles" not in found or dtype != torch.float32
 
 
-def test_other_devices_have_no_way() -> None:
+def test_old_gpus_have_no_tiles() -> None:
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)):
+        assert ways(torch.device("cuda"), 4, torch.float16, 8) == ("decoded",)
+
+
+@pytest.mark.parametrize(("name", "hip"), [("cpu", None), ("xpu", None), ("cuda", "6.4")])
+def test_other_devices_have_no_way(name: str, hip: str | None) -> None:
     assert set(WAYS) == {"cuda"}
-    assert ways("cpu", 4, torch.bfloat16, 1) == ()
+    with mock.patch.object(torch.version, "hip", hip):
+        assert ways(torch.device(name), 4, torch.bfloat16, 1) == ()
 
 
 @given(st.integers(1, 10_000))

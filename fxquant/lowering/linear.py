@@ -10,7 +10,7 @@ import torch
 
 from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, side_by_side
 from fxquant.lowering.decoded import product, weight
-from fxquant.lowering.dispatch import UNKNOWN_ROWS, ways
+from fxquant.lowering.dispatch import UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.gemv import gemv
 from fxquant.lowering.tiles import tiled
@@ -36,9 +36,9 @@ def _outputs(
 ) -> list[Any] | None:
     """The result of every weight; None where one of them has no kernel."""
     *batch, k = x.get_size()
-    m, device = math.prod(batch), x.get_device().type
+    m = math.prod(batch)
     static = all(isinstance(n, int) for n in rows) and str(k).isdigit()
-    if not static or is_size(m, 0) or not ways(device, 8, x.get_dtype(), 1):
+    if not static or is_size(m, 0) or kind_of(x.get_device()) not in WAYS:
         return None
     scheme, k = Scheme.parse(spelling), int(k)
     forms = [form for n in rows if (form := format_of(scheme, n, k)) is not None]
@@ -65,7 +65,7 @@ def _bias(biases: Sequence[Any], i: int, dtype: torch.dtype) -> Any | None:
 
 def _product(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, likely: int) -> Any | None:
     """`x @ W.T + bias` for x `[m, k]`, the first way that can; None where none can."""
-    for way in ways(x.get_device().type, form.bits, x.get_dtype(), likely):
+    for way in ways(x.get_device(), form.bits, x.get_dtype(), likely):
         if way == "gemv":
             # In memory, or every program would compute what precedes x again.
             x.realize()
