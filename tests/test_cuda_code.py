@@ -81,6 +81,10 @@ def _numbers() -> list[list[Any]]:
         ["int4-g128", 130, [140], 128, "bfloat16", True, False],  # more than one tile each way
         ["int4-g64", 40, [70], 128, "bfloat16", False, True],
         ["int4-g128", 4, [24], 20 * 128, "float16", False, False],
+        # steps within one group, of codes that are scaled one by one
+        ["uint4-g128-bias", 5, [24], 256, "bfloat16", True, False],
+        ["int4-g128-fzero", 5, [24], 256, "float16", False, False],
+        ["table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.3,0,0.3,0.5,1,1.5,2,4,8)-g128", 5, [24], 256, "bfloat16", True, False],
         ["int8-g2", 3, [20], 64, "bfloat16", False, False],
         ["int4-g24", 3, [20], 72, "bfloat16", False, False],  # no step that tensor cores take: decoded as a whole
     ]
