@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, ops
 from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; since torch 1.11, read in 2.11 and 2.13
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
@@ -25,6 +27,7 @@ __all__ = [
     "is_size",
     "likely_size",
     "lowered",
+    "once_for",
     "pytree",
     "realized",
     "searches_kernels",
@@ -115,6 +118,19 @@ def realized(value: Any) -> Any:
     return ExternKernel.require_contiguous(ExternKernel.realize_input(value))
 
 
+def once_for(value: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives for the value of a node, made once in a graph however many nodes read that one.
+
+    A node's value is a box around what is there, and `V.graph` lives as long as one graph: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.virtualized import V
+
+    made: dict[int, Any] = V.graph.__dict__.setdefault("_made_by_fxquant", {})
+    if id(value.data) not in made:
+        made[id(value.data)] = value.data, make()  # the value as well, so that its id stays its own
+    return made[id(value.data)][1]
+
+
 def is_size(size: Any, number: int) -> bool:
     """Whether a size of Inductor's, maybe a symbol, is this number for certain: read in torch 2.11, 2.13."""
     from torch._inductor.virtualized import V
@@ -144,22 +160,24 @@ def searches_kernels() -> bool:
 def triton_template(name: str, source: str) -> Any:
     """A kernel into which Inductor fuses what follows it. One per name and process: Inductor refuses a second one.
 
-    `source` is Triton in Inductor's Jinja; a program computes BLOCK_M x BLOCK_N of a matrix.
+    `source` is Triton in Inductor's Jinja; a program computes BLOCK_M x BLOCK_N of a matrix; of a stack of
+    them, it is the matrix of the program's second index.
     `TritonTemplate(name=, grid=, source=)` and `SymbolicGridFn`: read in torch 2.11, 2.13.
     """
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
     @SymbolicGridFn
-    def grid(m: Any, n: Any, meta: Mapping[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, int, int]:
-        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1
+    def grid(*sizes: Any, cdiv: Callable[..., Any]) -> tuple[Any, Any, int]:
+        *outer, m, n, meta = sizes
+        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), math.prod(outer), 1
 
     return TritonTemplate(name=name, grid=grid, source=source)
 
 
 def from_template(
-    template: Any, inputs: Sequence[Any], size: Sequence[Any], configs: Sequence[Mapping[str, Any]]
+    template: Any, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype, configs: Sequence[Mapping[str, Any]]
 ) -> Any | None:
-    """A matrix of this size in the dtype of the first input, by the best of the configs; None where there is none.
+    """A matrix of this size and dtype, or a stack of them, by the best of the configs; None where there is none.
 
     With one config nothing is measured. `maybe_append_choice(choices, input_nodes=, layout=, ...)` and
     `autotune_select_algorithm`, which returns a pair from torch 2.12 on: read in 2.11, 2.13.
@@ -167,7 +185,7 @@ def from_template(
     from torch._inductor.ir import FixedLayout
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
-    layout = FixedLayout(inputs[0].get_device(), inputs[0].get_dtype(), list(size))
+    layout = FixedLayout(inputs[0].get_device(), dtype, list(size))
     choices: list[Any] = []
     for config in configs:
         template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **config)

@@ -1,7 +1,8 @@
 """A process of its own, for tests that need a GPU which is not there: a request as JSON in, an answer as JSON out.
 
 fusion      names of graphs -> the kernels that Inductor launches for each, and what else it calls
-machine     [graph, compute capabilities] -> what Triton's compiler makes of its kernels
+machine     [graph, compute capabilities] -> what Triton's compiler makes of its kernels that read weights
+routes      [backend, m, scheme] -> the same of a layer that is compiled by `torch.compile`
 numbers     [scheme, m, rows, k, dtype, bias, searched] -> the largest error, in units of the contract
 """
 
@@ -18,13 +19,15 @@ import emulated_cuda
 import offline_triton
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 
+import fxquant.compiler
 from fxquant.codecs import dequantize, quantize
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
-N, K = 4096, 2048
+N, K, NARROW = 8192, 2048, 1024
 Graph = tuple[Callable[..., Any], list[Tensor]]
 
 
@@ -44,6 +47,16 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 def plain(m: int, spelling: str) -> Graph:
     """One weight, with an activation behind it."""
     return lambda x, *p: F.silu(linear(x, p, spelling, [N])), [_x(m), *shapes(spelling, N, K)]
+
+
+def narrow(m: int, spelling: str) -> Graph:
+    """As `epilogue`, of so few rows that most of a GPU would have nothing to do."""
+    x, bias, y = _x(m), _x(1, NARROW).view(-1), _x(m, NARROW)
+
+    def fn(x: Tensor, bias: Tensor, y: Tensor, *p: Tensor) -> Tensor:
+        return F.gelu(linear(x, p, spelling, [NARROW], [bias])) * y
+
+    return fn, [x, bias, y, *shapes(spelling, NARROW, K)]
 
 
 def siblings(m: int, spelling: str) -> Graph:
@@ -101,7 +114,7 @@ def _x(m: int, k: int = K) -> Tensor:
     return torch.zeros(m, k, dtype=torch.bfloat16)
 
 
-GRAPHS = {make.__name__: make for make in (plain, gated, block, attention, epilogue, wide, siblings)}
+GRAPHS = {make.__name__: make for make in (plain, gated, block, attention, epilogue, narrow, wide, siblings)}
 
 
 def _graph(name: str) -> emulated_cuda.Generated:
@@ -112,8 +125,45 @@ def _graph(name: str) -> emulated_cuda.Generated:
 
 
 def fusion(names: Sequence[str]) -> list[dict[str, Any]]:
-    found = [_graph(name) for name in names]
-    return [{"launches": g.launches, "externs": g.externs} for g in found]
+    return [_seen(_graph(name)) for name in names]
+
+
+def _seen(generated: emulated_cuda.Generated) -> dict[str, Any]:
+    """Kernels in the order of their launches, those of them that read a weight, and what else is called."""
+    weights = [name for name in generated.launches if emulated_cuda.reads_weights(generated.kernels[name])]
+    return {"launches": generated.launches, "weights": weights, "externs": generated.externs}
+
+
+class Layer(nn.Module):
+    """Norm, queries, keys and values, a projection of what they give, norm, and a gated MLP: a layer of a decoder."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norms = nn.ParameterList(torch.ones(width) for _ in range(2))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = norm(x, self.norms[0])
+        x = x + self.o(torch.sigmoid(self.q(h) * self.k(h)) * self.v(h))
+        h = norm(x, self.norms[1])
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def routes(requests: Sequence[Any]) -> list[dict[str, Any]]:
+    """A layer, quantized, then compiled by a user's own two calls, in which Inductor sees a GPU."""
+    return [_seen(_route(*request)) for request in requests]
+
+
+BACKENDS = {"fxquant": fxquant.compiler.backend, "inductor": lookup_backend("inductor")}
+
+
+def _route(backend: str, m: int, spelling: str) -> emulated_cuda.Generated:
+    with torch.device("meta"):
+        model, x = Layer(256, 768).bfloat16(), _x(m, 256)
+    model = fxquant.quantize(model, spelling, example_inputs=(x,), progress=False)
+    return emulated_cuda.compiled(model, x, BACKENDS[backend])
 
 
 def machine(requests: Sequence[Any], folder: Path) -> list[list[dict[str, Any]]]:
@@ -128,7 +178,7 @@ def machine(requests: Sequence[Any], folder: Path) -> list[list[dict[str, Any]]]
                     "registers": kernel.registers,
                     "spilled": kernel.spilled,
                     "shared": kernel.shared,
-                    "vector loads": kernel.count(r"\bld\.global[\w:.]*\.v[248]"),
+                    "16-byte loads": kernel.count(r"\bld\.global[\w:.]*\.v4\.b32"),
                     "16-byte copies": kernel.count(r"\bcp\.async\.cg\.shared\.global[\w:.]* .*, 0x10\b"),
                     "tensor cores": kernel.count(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)"),
                 }
@@ -175,7 +225,8 @@ def main() -> None:
     what, requests = sys.argv[1], json.loads(sys.stdin.read())
     with tempfile.TemporaryDirectory() as folder:
         emulated_cuda.emulate(folder)
-        answer = fusion(requests) if what == "fusion" else globals()[what](requests, Path(folder))
+        plain = {"fusion": fusion, "routes": routes}
+        answer = plain[what](requests) if what in plain else globals()[what](requests, Path(folder))
     sys.stdout.write(json.dumps(answer))
 
 

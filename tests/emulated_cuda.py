@@ -8,12 +8,14 @@ The patches are for a whole process and stay: call this in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,8 +55,10 @@ def emulate(folder: str) -> None:
     cuda: Any = torch.cuda
     cuda.is_available, cuda.device_count, cuda.current_device = _returning(True), _returning(1), _returning(0)
     cuda.get_device_properties, cuda.get_device_capability = _returning(properties), _returning((9, 0))
+    cuda.get_device_name = _returning(properties.name)
     cuda._lazy_init = cuda.synchronize = _returning(None)
     cuda.device = cuda._DeviceGuard = _Device
+    torch.accelerator.is_available = _returning(False)  # Dynamo would ask for its stream
     cuda.set_device = cuda.set_rng_state = _returning(None)
     cuda.get_rng_state = _returning(torch.zeros(16, dtype=torch.uint8))
     torch.version.cuda = torch.version.cuda or "13.0"
@@ -147,6 +151,11 @@ class Generated:
         return re.findall(r"(?:extern_kernels\.\w+|torch\.ops\.[\w.]+)(?=\()", self.wrapper)
 
 
+def reads_weights(kernel: str) -> bool:
+    """Whether a kernel's source has arguments of bytes, which codes are."""
+    return re.search(r"'\*[ui]8'", kernel) is not None
+
+
 def generate(
     fn: Callable[..., Any], inputs: Sequence[Tensor], config: dict[str, Any] | None = None, symbolic: bool = False
 ) -> Generated:
@@ -159,38 +168,86 @@ def generate(
         symbolic: whether the first dimension of the first input is a symbol.
     """
     import torch._inductor.config as inductor_config
-    from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = []
     for i, tensor in enumerate(inputs):
         kinds = [DimDynamic.DYNAMIC if symbolic and i == dim == 0 else DimDynamic.STATIC for dim in range(tensor.ndim)]
-        fake = mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
-        with mode:
-            fakes.append(torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=DEVICE))
-    constants = _Constants(mode)
-    with torch.no_grad(), inductor_config.patch(config or {}), V.set_fake_mode(mode):
+        fakes.append(_on_the_gpu(mode, mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(kinds))))
+    with torch.no_grad(), inductor_config.patch(config or {}):
         with mode:
             gm = make_fx(fn, select_decomp_table(), tracing_mode="symbolic")(*fakes)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         with torch._guards.tracing(torch._guards.TracingContext(mode)):
-            view_to_reshape(gm)
-            post_grad_passes(gm, is_inference=True)
-            graph = GraphLowering(gm, example_inputs=fakes, shape_env=env, is_inference=True)
-            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()), constants:
-                graph.run(*fakes)
-                code, _ = graph.codegen()
+            return _lowered(gm, fakes, mode)
+
+
+def _on_the_gpu(mode: Any, tensor: Tensor) -> Tensor:
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+
+
+def _lowered(gm: Any, inputs: Sequence[Tensor], mode: Any) -> Generated:
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    constants = _Constants(mode)
+    with V.set_fake_mode(mode):
+        view_to_reshape(gm)
+        post_grad_passes(gm, is_inference=True)
+        graph = GraphLowering(gm, example_inputs=inputs, shape_env=mode.shape_env, is_inference=True)
+        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()), constants:
+            graph.run(*inputs)
+            code, _ = graph.codegen()
     real = {name: next(r for fake, r in constants.made if fake is value) for name, value in graph.constants.items()}
     return Generated(str(getattr(code, "value", code)), real)
+
+
+def compiled(model: torch.nn.Module, x: Tensor, backend: Callable[..., Any]) -> Generated:
+    """What `torch.compile(model, backend=backend)(x)` has Inductor write, if model and x were on a GPU.
+
+    Dynamo traces the model where it is, on the meta device, say. In its graph, every tensor is then moved to the GPU
+    that is not there, and the backend gets it. Of its passes, Inductor's own patterns of attention are left out, which
+    it prepares on a GPU.
+    """
+    import torch._inductor.compile_fx as inductor
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    from torch._guards import TracingContext
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    found: list[Generated] = []
+
+    def nothing(*args: Any) -> list[Tensor]:
+        return [x]
+
+    def inner(gm: Any, inputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        inductor.record_original_output_strides(gm)
+        found.append(_lowered(gm, inputs, TracingContext.get().fake_mode))
+        return nothing
+
+    def emulated(gm: Any, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        mode = TracingContext.get().fake_mode
+        fakes = [_on_the_gpu(mode, tensor) for tensor in inputs]
+        with mode:
+            FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fakes)
+        for node in gm.graph.nodes:
+            node.meta["example_value"] = node.meta.pop("val", None)
+        backend(gm, fakes)
+        return nothing
+
+    patched = mock.patch.object(inductor, "compile_fx", functools.partial(inductor.compile_fx, inner_compile=inner))
+    torch._dynamo.reset()  # or another batch size would be a symbol
+    with torch.no_grad(), patched, mock.patch.object(joint_graph, "lazy_init", _returning(None)):
+        torch.compile(model, backend=emulated, fullgraph=True)(x)
+    (generated,) = found
+    return generated
 
 
 class _Constants(torch.overrides.TorchFunctionMode):

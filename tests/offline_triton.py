@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from emulated_cuda import Generated
+from emulated_cuda import Generated, reads_weights
 from torch import Tensor
 
 BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 64}
@@ -52,7 +52,7 @@ def _module(name: str, code: str, folder: Path) -> types.ModuleType:
 
 
 def compile_kernels(generated: Generated, capabilities: Sequence[int], folder: Path) -> list[Compiled]:
-    """Every kernel, in its first configuration, by the assembler that comes with Triton.
+    """Every kernel that reads a weight, in its first configuration, by the assembler that comes with Triton.
 
     Triton must have been told to print what the assembler says and to use no cache: `TRITON_DUMP_PTXAS_LOG=1` and
     `TRITON_ALWAYS_COMPILE=1`.
@@ -63,6 +63,8 @@ def compile_kernels(generated: Generated, capabilities: Sequence[int], folder: P
 
     found = []
     for name, code in generated.kernels.items():
+        if not reads_weights(code):
+            continue
         tuner = getattr(_module(name, code, folder), name)
         fn, config = tuner.fn, tuner.configs[0]
         constants = {key: value for key, value in config.kwargs.items() if key in fn.arg_names}

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from fxquant.codecs import quantize
-from fxquant.lowering.dispatch import TILES, WAYS, tiles, ways
+from fxquant.lowering.dispatch import WAYS, ways
 from fxquant.lowering.formats import format_of
+from fxquant.lowering.shapes import Choice, Shape, Tile, choices, parse, splits, stored
 from fxquant.lowering.tiles_source import Variant, source
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme, Zero
@@ -94,20 +95,55 @@ def test_other_devices_have_no_way(name: str, hip: str | None) -> None:
 
 @given(st.integers(1, 10_000))
 def test_the_tile_for_so_many_rows_comes_first(rows: int) -> None:
-    first, *rest = tiles(rows)
-    assert {first, *rest} == {tile for _, tile in TILES}
-    fitting = [tile for most, tile in TILES if rows <= most]
+    table = stored()
+    first, *rest = choices(table, "a GPU that nobody has measured", 4, 100, 100, rows)
+    assert {first, *rest} == {Choice(tile) for _, tile in table.general}
+    fitting = [Choice(tile) for most, tile in table.general if rows <= most]
     assert not fitting or first == fitting[0]
 
 
+def test_a_measured_tile_is_preferred_where_it_was_measured() -> None:
+    entry = {"rows": 32, "columns": 128, "depth": 64, "warps": 8, "stages": 2}
+    shape = {"device": "GPU", "bits": 4, "n": 64, "k": 128}
+    general = [{"most": 16, **entry, "rows": 16}]
+    table = parse(
+        {"general": general, "measured": [{**shape, "most": most, **entry, "splits": most} for most in (32, 8)]}
+    )
+    assert table.measured[0] == (Shape("GPU", 4, 64, 128, 32), Choice(Tile(**entry), 32))
+    assert choices(table, "GPU", 4, 64, 128, 8)[0].splits == 8
+    assert choices(table, "GPU", 4, 64, 128, 9)[0].splits == 32
+    others = [("another", 4, 64, 128, 8), ("GPU", 8, 64, 128, 8), ("GPU", 4, 65, 128, 8), ("GPU", 4, 64, 128, 33)]
+    for other in others:
+        assert choices(table, *other) == (Choice(table.general[0][1]),)
+
+
+def test_a_table_with_other_keys_is_refused() -> None:
+    with pytest.raises(TypeError):
+        parse({"general": [{"most": 16, "rows": 16}], "measured": []})
+
+
+@given(st.integers(1, 500), st.integers(1, 1000), st.integers(1, 200))
+def test_splits_are_equal_parts_and_no_more_than_a_gpu_needs(programs: int, steps: int, processors: int) -> None:
+    parts = splits(programs, steps, processors)
+    assert steps % parts == 0
+    assert parts == 1 or (steps // parts >= 4 and parts // 2 * programs < processors)
+    assert splits(processors, steps, processors) == 1
+
+
+def test_few_programs_are_split() -> None:
+    assert splits(32, 32, 132) == 4
+    assert splits(1, 64, 132) == 8
+    assert splits(1, 7, 132) == 1
+
+
 def test_every_variant_has_a_name_and_a_source_of_its_own() -> None:
-    flags = itertools.product([4, 8], get_args(Zero), *[[False, True]] * 4)
+    flags = itertools.product([4, 8], get_args(Zero), *[[False, True]] * 5)
     variants = [Variant(*values) for values in flags]
     assert len({variant.name for variant in variants}) == len(variants)
     for variant in variants:
         text = source(variant)
         assert all(f'"{name}"' in text for name in variant.inputs)
-        assert ("T + " in text, "B + " in text) == (variant.table, variant.bias)
+        assert ("T + " in text, "B + " in text, "part" in text) == (variant.table, variant.bias, variant.split)
 
 
 def test_on_a_cpu_the_op_stays_one_call() -> None:

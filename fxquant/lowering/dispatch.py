@@ -48,28 +48,6 @@ WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
 """By kind of device; the first that fits is taken. What none fits is computed by the op as it is."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What one program of the tiled kernel computes, and how."""
-
-    rows: int
-    """Of x, at least 16: what tensor cores take."""
-    columns: int
-    """Of the result: rows of the weight."""
-    depth: int
-    """The most columns of the weight that one step reads."""
-    warps: int
-    stages: int
-
-
-TILES: tuple[tuple[int, Tile], ...] = (
-    (16, Tile(16, 32, 128, 4, 4)),
-    (32, Tile(32, 64, 128, 4, 4)),
-    (64, Tile(64, 64, 128, 4, 3)),
-    (192, Tile(64, 128, 64, 8, 3)),
-)
-"""The most rows of x, and the tile for them. Narrow tiles where rows are few: a 4096-row weight still has 128 programs.
-Under max-autotune, all of them are tried."""
 UNKNOWN_ROWS = 64
 """So many rows a symbolic batch is taken to have where nothing tells."""
 
@@ -87,8 +65,3 @@ def ways(device: torch.device, bits: int, dtype: torch.dtype, rows: int) -> tupl
 def kind_of(device: torch.device) -> str:
     """The device's type; AMD's GPUs, which torch calls cuda as well, are `hip`."""
     return "hip" if device.type == "cuda" and torch.version.hip else device.type
-
-
-def tiles(rows: int) -> tuple[Tile, ...]:
-    """The tiles, those for so many rows of x first."""
-    return tuple(tile for _, tile in sorted(TILES, key=lambda entry: (rows > entry[0], entry[0])))

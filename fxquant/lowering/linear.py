@@ -47,11 +47,10 @@ def _outputs(
     likely = 1 if is_size(m, 1) else max(likely_size(m, UNKNOWN_ROWS), 2)
     per_weight = len(planes) // max(len(rows), 1)
     outputs = []
-    matrix = lowered(aten.view, x, [m, k])
     for i, (form, n) in enumerate(zip(forms, rows, strict=True)):
         own = planes[i * per_weight : (i + 1) * per_weight]
         bias = _bias(biases, i, x.get_dtype())
-        y = _product(matrix, own, bias, form, n, k, likely)
+        y = _product(x, own, bias, form, n, k, likely)
         if y is None:
             return None
         outputs.append(lowered(aten.view, y, [*batch, n]))
@@ -64,18 +63,17 @@ def _bias(biases: Sequence[Any], i: int, dtype: torch.dtype) -> Any | None:
 
 
 def _product(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, likely: int) -> Any | None:
-    """`x @ W.T + bias` for x `[m, k]`, the first way that can; None where none can."""
+    """`x @ W.T + bias` for x of rows of k numbers, the first way that can; None where none can."""
+    matrix = lowered(aten.view, x, [-1, k])
     for way in ways(x.get_device(), form.bits, x.get_dtype(), likely):
         if way == "gemv":
-            # In memory, or every program would compute what precedes x again.
-            x.realize()
             y = gemv(x, planes, form, n, k)
             y = y if bias is None else lowered(aten.add, y, cast(bias, torch.float32))
-            return lowered(aten.view, cast(y, x.get_dtype()), [1, n])
+            return cast(y, x.get_dtype())
         if way == "tiles":
-            y = tiled(x, planes, bias, form, n, k, likely)
+            y = tiled(matrix, planes, bias, form, n, k, likely)
             if y is not None:
                 return y
         if way == "decoded":
-            return product(x, weight(planes, form, n, k, x.get_dtype()), bias)
+            return product(matrix, weight(planes, form, n, k, x.get_dtype()), bias)
     return None

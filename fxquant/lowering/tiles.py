@@ -6,20 +6,27 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fxquant.inductor import from_template, lowered, realized, searches_kernels, triton_template
-from fxquant.lowering.dispatch import Tile, tiles
 from fxquant.lowering.formats import Format
+from fxquant.lowering.shapes import Choice, Tile, choices, splits, stored
 from fxquant.lowering.tiles_source import Variant, source
-from fxquant.lowering.values import aten, table
+from fxquant.lowering.values import aten, cast, table
 
 _DEPTHS = (128, 64, 32, 16)
 """Columns that one step may read. Tensor cores take 16 at least."""
+_SPLITS = "SPLITS"
+"""How many parts the columns are split into: of a config, and no constant of the kernel."""
 _DEEP = 64
 """A step of fewer columns computes too little for what it costs."""
 
 
 def tiled(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, rows: int) -> Any | None:
     """`x @ W.T + bias` for x `[m, k]`, bfloat16 or float16: `[m, n]`, rounded once.
+
+    Where too few programs would compute for the GPU, each takes a part of the columns. Another kernel adds the parts
+    up, which fuses with what reads the result.
 
     Args:
         x: the input, in which m may be a symbol.
@@ -34,12 +41,20 @@ def tiled(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int,
         None where k and the groups consist of no steps that tensor cores take.
     """
     found = table(form, x)
-    variant = Variant(form.bits, form.zero, bool(form.table), form.power, form.exact(x.get_dtype()), bias is not None)
-    inputs = [realized(value) for value in _inputs(x, planes, found, bias, form, n, k)]
-    configs = list(_configs(form, k, rows, variant.exact))
+    configs = list(_configs(_choices(x, form, n, k, rows), form, n, k, rows, x))
     if not configs:
         return None
-    return from_template(_template(variant), inputs, [x.get_size()[0], n], configs)
+    parts = configs[0][_SPLITS]
+    own = bias if parts == 1 else None
+    variant = Variant.of(form, x.get_dtype(), own is not None, parts > 1)
+    inputs = [realized(value) for value in _inputs(x, planes, found, own, form, n, k)]
+    kernels = [{key: value for key, value in config.items() if key != _SPLITS} for config in configs]
+    m = x.get_size()[0]
+    if parts == 1:
+        return from_template(_template(variant), inputs, [m, n], x.get_dtype(), kernels)
+    stack = from_template(_template(variant), inputs, [parts, m, n], torch.float32, kernels)
+    y = lowered(aten.sum, stack, [0])
+    return cast(y if bias is None else lowered(aten.add, y, cast(bias, torch.float32)), x.get_dtype())
 
 
 def _inputs(
@@ -58,26 +73,45 @@ def _inputs(
         yield bias
 
 
-def _configs(form: Format, k: int, rows: int, exact: bool) -> Iterator[Mapping[str, int | bool]]:
+def _choices(x: Any, form: Format, n: int, k: int, rows: int) -> tuple[Choice, ...]:
     """The tiles to offer: one in general, which is then taken unmeasured; all of them where kernels are searched."""
-    wanted = tiles(rows)
+    found = choices(stored(), torch.cuda.get_device_name(x.get_device()), form.bits, n, k, rows)
+    return found if searches_kernels() else found[:1]
+
+
+def _configs(
+    wanted: Sequence[Choice], form: Format, n: int, k: int, rows: int, x: Any
+) -> Iterator[Mapping[str, int | bool]]:
+    """What each kernel is compiled with. All of them split columns into as many parts as the first one."""
     seen: set[tuple[int, ...]] = set()
-    for tile in wanted if searches_kernels() else wanted[:1]:
-        depth = _depth(tile, form.group, k, exact)
+    exact, parts = form.exact(x.get_dtype()), None
+    for choice in wanted:
+        tile, depth = choice.tile, _depth(choice.tile, form.group, k, exact)
         if depth is None or (key := (tile.rows, tile.columns, depth)) in seen:
             continue
         seen.add(key)
+        if parts is None:
+            programs = -(-rows // tile.rows) * -(-n // tile.columns)
+            parts = choice.splits or splits(programs, k // depth, _processors(x))
+        if k // depth % parts:
+            continue
         yield {
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.columns,
             "BLOCK_K": depth,
+            "STEPS": k // depth // parts,
             "GROUP": form.group,
             "GROUPS": max(depth // form.group, 1),
             "LOW": form.low,
             "SCALE_LAST": exact and depth <= form.group,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            _SPLITS: parts,
         }
+
+
+def _processors(x: Any) -> int:
+    return int(torch.cuda.get_device_properties(x.get_device()).multi_processor_count)
 
 
 def _depth(tile: Tile, group: int, k: int, exact: bool) -> int | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from fxquant.lowering.formats import Format
 from fxquant.scheme import Zero
 
 
@@ -18,12 +21,19 @@ class Variant:
     exact: bool
     """Values of codes are numbers in the dtype of x."""
     bias: bool
+    split: bool
+    """The columns of the weight are split: a program gives its part of the sum."""
+
+    @classmethod
+    def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool) -> Variant:
+        """For weights of a format and inputs of a dtype."""
+        return cls(form.bits, form.zero, bool(form.table), form.power, form.exact(dtype), bias, split)
 
     @property
     def name(self) -> str:
         """A name that no other variant has."""
         words = [f"{'table' if self.table else 'int'}{self.bits}", f"zero_{self.zero}"]
-        words += [word for word in ("power", "exact", "bias") if getattr(self, word)]
+        words += [word for word in ("power", "exact", "bias", "split") if getattr(self, word)]
         return "fxquant_linear_" + "_".join(words)
 
     @property
@@ -36,10 +46,12 @@ class Variant:
 def source(variant: Variant) -> str:
     """The kernel. A program computes `BLOCK_M` x `BLOCK_N` of the result, in steps of `BLOCK_K` columns.
 
-    Where the values of codes are exact in the dtype of x and a step lies within one group, the scale multiplies what
-    a step adds, once per step and not once per weight. Elsewhere weights are scaled in float32, then rounded.
+    Where columns are split, a program takes `STEPS` steps, from its own part on, and the parts are added up elsewhere,
+    in an order that is always the same. Where the values of codes are exact in the dtype of x and a step lies within
+    one group, the scale multiplies what a step adds, once per step and not once per weight. Elsewhere weights are
+    scaled in float32, then rounded.
     """
-    lines = [_HEAD.replace("NAMES", ", ".join(f'"{name}"' for name in variant.inputs)), _LOADS]
+    lines = [_HEAD.replace("NAMES", ", ".join(f'"{name}"' for name in variant.inputs)), _STEPS[variant.split], _LOADS]
     lines.append(_FIELDS[variant.bits])
     lines.append(_SCALES[variant.power])
     if variant.table:
@@ -48,7 +60,9 @@ def source(variant: Variant) -> str:
         lines.append(_PACKED_ZERO if variant.zero == "int" and variant.bits == 4 else _PLAIN_ZERO)
     lines.append(_subtracted(variant))
     lines.append(_PRODUCT.replace("SHIFT", " + z.to(tl.float32)[:, :, None]" if variant.zero == "bias" else ""))
-    lines.append(_TAIL.replace("BIAS", _BIAS if variant.bias else ""))
+    lines.append(
+        _TAIL.replace("BIAS", _BIAS if variant.bias else "").replace("PART", '"part", ' if variant.split else "")
+    )
     return "\n".join(lines)
 
 
@@ -67,8 +81,14 @@ _HEAD = """
     # Rows past the end are read from the start again, and not stored.
     row_m = m % M
     row_n = n % N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, K // BLOCK_K):"""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)"""
+_STEPS = {
+    False: """\
+    for step in range(0, STEPS):""",
+    True: """\
+    part = tl.program_id(1).to(INDEX_DTYPE)
+    for step in range(part * STEPS, part * STEPS + STEPS):""",
+}
 
 _LOADS = """\
         a = tl.load(A + row_m[:, None] * {{stride("A", 0)}} + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
@@ -129,5 +149,5 @@ BIAS
     idx_m = m[:, None]
     idx_n = n[None, :]
     mask = (idx_m < M) & (idx_n < N)
-    {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
+    {{store_output((PART"idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
 """
