@@ -32,6 +32,7 @@ __all__ = [
     "realized",
     "searches_kernels",
     "side_by_side",
+    "sorted_by_remainder",
     "triton_template",
 ]
 
@@ -116,6 +117,28 @@ def realized(value: Any) -> Any:
     from torch._inductor.ir import ExternKernel
 
     return ExternKernel.require_contiguous(ExternKernel.realize_input(value))
+
+
+def sorted_by_remainder(value: Any, size: int, count: int) -> Any:
+    """A vector in memory, first its elements 0, count, 2 * count, ..., then 1, count + 1, ..., and so on.
+
+    What computes the value can store it so: the store has the new place, the loop stays the value's own. `Scatter`,
+    `ComputedBuffer(name=, layout=, data=)`, the two registers of a graph, sympy's functions: read in torch 2.11, 2.13.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    def place(index: Sequence[Any]) -> Any:
+        return [ModularIndexing(index[0], 1, count) * (size // count) + FloorDiv(index[0], count)]
+
+    device, kind, load = value.get_device(), value.get_dtype(), value.make_loader()
+    data = ir.Scatter(device=device, dtype=kind, inner_fn=load, ranges=[cast(Any, size)], output_indexer=place)
+    layout = ir.FixedLayout(device, kind, [cast(Any, size)])
+    buffer: Any = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+    return ir.TensorBox.create(buffer)
 
 
 def once_for(value: Any, make: Callable[[], Any]) -> Any:

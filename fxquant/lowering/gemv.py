@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import lowered, once_for
+from fxquant.inductor import lowered, once_for, sorted_by_remainder
 from fxquant.lowering.formats import Format
 from fxquant.lowering.values import aten, cast, decoded_codes, high_half, low_half, offsets, scales, table
 
@@ -17,7 +17,7 @@ def gemv(x: Any, planes: Sequence[Any], form: Format, n: int, k: int) -> Any:
     codes, groups = planes[0], k // form.group
     per_byte = 8 // form.bits
     width = form.group // per_byte
-    lanes = lowered(aten.view, once_for(x, lambda: _by_field(x, per_byte)), [per_byte, groups, width])
+    lanes = lowered(aten.view, once_for(x, lambda: _by_field(x, per_byte, k)), [per_byte, groups, width])
     inputs = [cast(lowered(aten.select, lanes, 0, i), torch.float32) for i in range(per_byte)]
     stored = lowered(aten.view, codes, [n, groups, width])
     fields = [low_half(stored), high_half(stored)] if per_byte == 2 else [stored]
@@ -33,17 +33,16 @@ def gemv(x: Any, planes: Sequence[Any], form: Format, n: int, k: int) -> Any:
     return lowered(aten.sum, terms, [1, 2])
 
 
-def _by_field(x: Any, count: int) -> Any:
-    """X in memory, or every program would compute what precedes it again; columns of one field next to each other.
+def _by_field(x: Any, count: int, k: int) -> Any:
+    """The input in memory, or every program would compute it again; columns of one field next to each other.
 
     In their own order, the columns that belong to the low halves of bytes are every second one: a GPU would read them
     number by number, where it reads neighbours sixteen bytes at a time. What computes x stores it in this order.
     """
-    if count > 1:
-        apart = lowered(aten.permute, lowered(aten.view, x, [-1, count]), [1, 0])
-        x = lowered(aten.clone, apart, memory_format=torch.contiguous_format)
-    x.realize()
-    return x
+    if count == 1:
+        x.realize()
+        return x
+    return sorted_by_remainder(lowered(aten.view, x, [k]), k, count)
 
 
 def _sum(values: Any) -> Any:
