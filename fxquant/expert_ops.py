@@ -19,6 +19,7 @@ from torch import Tensor
 from fxquant import native
 from fxquant.errors import ModelError
 from fxquant.expert_matmul import PLAIN, ExpertWeights, input_gradient, multiply_experts, weight_gradient
+from fxquant.lowering import register_experts
 from fxquant.op_registration import define, with_autocast
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
@@ -77,6 +78,7 @@ def _(
     abi: int,
 ) -> Tensor:
     _checked(x, ids, planes, biases, scheme, n, experts)
+    register_experts()
     return x.new_empty(*ids.shape, n)
 
 
@@ -274,6 +276,7 @@ def _gated_experts_fake(
     abi: int,
 ) -> Tensor:
     _both(x, ids, weights, first, second, first_scheme, second_scheme, inner, experts)
+    register_experts()
     return x.new_empty(x.shape)
 
 

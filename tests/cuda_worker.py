@@ -1,8 +1,11 @@
-"""A process of its own, for tests that need a GPU which is not there: a request as JSON in, an answer as JSON out.
+"""A process of its own, for tests that need a GPU which is not there: requests as JSON in, answers as JSON out.
+
+By kind of request:
 
 fusion      names of graphs -> the kernels that Inductor launches for each, and what else it calls
 machine     [graph, compute capabilities] -> what Triton's compiler makes of its kernels that read weights
 routes      [backend, m, scheme] -> the same of a layer that is compiled by `torch.compile`
+expert_numbers, gated_numbers -> the same of experts
 numbers     [scheme, m, rows, k, dtype, bias, searched] -> the largest error, in units of the contract
 """
 
@@ -24,7 +27,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import fxquant.compiler
 from fxquant.codecs import dequantize, quantize
-from fxquant.ops import ABI
+from fxquant.expert_ops import ABI
 from fxquant.scheme import Scheme
 
 N, K, NARROW = 8192, 2048, 1024
@@ -110,11 +113,37 @@ def wide(m: int, spelling: str) -> Graph:
     return lambda x, *p: linear(x, p, spelling, [N]), [_x(m).float(), *shapes(spelling, N, K)]
 
 
+def experts(m: int, spelling: str) -> Graph:
+    """Two of eight experts for every token, with an activation behind them."""
+    ids = torch.zeros(m, 2, dtype=torch.int64)
+    planes = [torch.stack([plane] * 8) for plane in shapes(spelling, 512, K)]
+
+    def fn(x: Tensor, ids: Tensor, *p: Tensor) -> Tensor:
+        return F.silu(torch.ops.fxquant.experts(x, ids, list(p), [], spelling, 512, 8, ABI))
+
+    return fn, [_x(m), ids, *planes]
+
+
+def gated_experts(m: int, spelling: str) -> Graph:
+    ids, weights = torch.zeros(m, 2, dtype=torch.int64), _x(m, 2)
+    first, second = ([torch.stack([plane] * 8) for plane in shapes(spelling, *size)] for size in ((1024, K), (K, 512)))
+    count = len(first)
+
+    def fn(x: Tensor, ids: Tensor, weights: Tensor, *p: Tensor) -> Tensor:
+        planes = list(p[:count]), list(p[count:])
+        return torch.ops.fxquant.gated_experts(x, ids, weights, *planes, spelling, spelling, 512, 8, ABI)
+
+    return fn, [_x(m), ids, weights, *first, *second]
+
+
 def _x(m: int, k: int = K) -> Tensor:
     return torch.zeros(m, k, dtype=torch.bfloat16)
 
 
-GRAPHS = {make.__name__: make for make in (plain, gated, block, attention, epilogue, narrow, wide, siblings)}
+GRAPHS = {
+    make.__name__: make
+    for make in (plain, gated, block, attention, epilogue, narrow, wide, siblings, experts, gated_experts)
+}
 
 
 def _graph(name: str) -> emulated_cuda.Generated:
@@ -124,7 +153,7 @@ def _graph(name: str) -> emulated_cuda.Generated:
     return emulated_cuda.generate(fn, inputs, symbolic="symbolic" in rest)
 
 
-def fusion(names: Sequence[str]) -> list[dict[str, Any]]:
+def fusion(names: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     return [_seen(_graph(name)) for name in names]
 
 
@@ -151,7 +180,7 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-def routes(requests: Sequence[Any]) -> list[dict[str, Any]]:
+def routes(requests: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     """A layer, quantized, then compiled by a user's own two calls, in which Inductor sees a GPU."""
     return [_seen(_route(*request)) for request in requests]
 
@@ -221,13 +250,89 @@ def _numbers(
     return {"error": error, "launches": generated.launches, "externs": generated.externs}
 
 
+def expert_numbers(requests: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+    return [_expert_numbers(*request, folder) for request in requests]
+
+
+def _expert_numbers(
+    spelling: str, tokens: int, n: int, k: int, dtype: str, per_slot: bool, folder: Path
+) -> dict[str, Any]:
+    """Of five experts, three are hit, with ids beside them that are no experts'."""
+    generator = torch.Generator().manual_seed(tokens + n + k)
+    ids = torch.tensor([0, 4, -1, 2, 5, 4])[torch.arange(tokens * 2) % 6].view(tokens, 2)
+    x = torch.randn(*ids.shape[: 1 + per_slot], k, generator=generator).to(getattr(torch, dtype))
+    scheme, bias = Scheme.parse(spelling), torch.randn(5, n, generator=generator).to(x.dtype)
+    each = [quantize(torch.randn(n, k, generator=generator), scheme, "absmax") for _ in range(5)]
+    planes = [torch.stack([part[name] for part in each]) for name in scheme.planes(n, k)]
+
+    def fn(x: Tensor, ids: Tensor, bias: Tensor, *p: Tensor) -> Tensor:
+        return torch.relu(torch.ops.fxquant.experts(x, ids, list(p), [bias], spelling, n, 5, ABI))
+
+    generated = emulated_cuda.generate(fn, [x, ids, bias, *planes])
+    (y,) = offline_triton.interpret(generated, [x, ids, bias, *planes], folder)
+    weights = torch.stack([dequantize(part, scheme, n, k) for part in each]).double()
+    present, at = ((ids >= 0) & (ids < 5)).unsqueeze(-1), ids.clamp(0, 4)
+    wide = (x if per_slot else x.unsqueeze(1)).double().expand(*ids.shape, k).unsqueeze(-2)
+    exact = torch.relu((wide * weights[at]).sum(-1) + bias[at].double()) * present
+    magnitude = (wide.abs() * weights[at].abs()).sum(-1) + bias[at].double().abs()
+    limit = 2 * torch.finfo(x.dtype).eps * magnitude + 2.0**-23 * k**0.5 * magnitude + 1e-30
+    return {
+        "error": ((y.double() - exact).abs() / limit).max().item(),
+        "absent": y[~present.squeeze(-1)].abs().sum().item(),
+        "externs": generated.externs,
+    }
+
+
+def gated_numbers(requests: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+    return [_gated_numbers(*request, folder) for request in requests]
+
+
+def _gated_numbers(spelling: str, tokens: int, inner: int, k: int, folder: Path) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(tokens + inner + k)
+    ids = torch.tensor([0, 2, -1, 1, 3, 2])[torch.arange(tokens * 2) % 6].view(tokens, 2)
+    x, router = torch.randn(tokens, k, generator=generator), torch.rand(tokens, 2, generator=generator)
+    scheme, sizes = Scheme.parse(spelling), [(2 * inner, k), (k, inner)]
+    each = [
+        [quantize(torch.randn(*size, generator=generator) / 8, scheme, "absmax") for _ in range(3)] for size in sizes
+    ]
+    stacks = [[torch.stack([part[name] for part in parts]) for name in parts[0]] for parts in each]
+    first = len(stacks[0])
+
+    def fn(x: Tensor, ids: Tensor, router: Tensor, *p: Tensor) -> Tensor:
+        planes = list(p[:first]), list(p[first:])
+        return torch.ops.fxquant.gated_experts(x, ids, router, *planes, spelling, spelling, inner, 3, ABI)
+
+    inputs = [x, ids, router, *stacks[0], *stacks[1]]
+    generated = emulated_cuda.generate(fn, inputs)
+    (y,) = offline_triton.interpret(generated, inputs, folder)
+    one, two = (
+        torch.stack([dequantize(part, scheme, *size) for part in parts]).double()
+        for parts, size in zip(each, sizes, strict=True)
+    )
+    at = ids.clamp(0, 2)
+    gate, up = (one[at] @ x.double().view(tokens, 1, k, 1)).squeeze(-1).chunk(2, -1)
+    outputs = (two[at] @ (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+    exact = (outputs * (router * ((ids >= 0) & (ids < 3))).unsqueeze(-1)).sum(1)
+    error = (y.double() - exact).abs().max() / exact.abs().max()
+    return {"error": error.item(), "externs": generated.externs, "launches": generated.launches}
+
+
+KINDS: dict[str, Callable[[Sequence[Any], Path], list[Any]]] = {
+    "fusion": fusion,
+    "routes": routes,
+    "machine": machine,
+    "numbers": numbers,
+    "expert_numbers": expert_numbers,
+    "gated_numbers": gated_numbers,
+}
+
+
 def main() -> None:
-    what, requests = sys.argv[1], json.loads(sys.stdin.read())
     with tempfile.TemporaryDirectory() as folder:
         emulated_cuda.emulate(folder)
-        plain = {"fusion": fusion, "routes": routes}
-        answer = plain[what](requests) if what in plain else globals()[what](requests, Path(folder))
-    sys.stdout.write(json.dumps(answer))
+        asked = json.loads(sys.stdin.read())
+        answers = {kind: KINDS[kind](requests, Path(folder)) for kind, requests in asked.items()}
+    sys.stdout.write(json.dumps(answers))
 
 
 if __name__ == "__main__":

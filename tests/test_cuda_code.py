@@ -43,6 +43,10 @@ FUSED = {
     # A weight of few rows: its columns are split, and what adds the parts up has bias and activation in it.
     "narrow 16 int4-g128": (2, 1),
     "narrow 64 int4-g64-asym symbolic": (2, 1),
+    # Experts of a few tokens: gate, up and their product in one kernel, as is down.
+    "experts 4 nf4": (2, 1),
+    "gated_experts 1 int4-g128": (4, 2),
+    "gated_experts 4 int4-g64-asym": (4, 2),
 }
 """Graph: kernels, and how many of them read a weight; nothing else is called."""
 DECODED = {"plain 512 int4-g128": 2, "plain 512 nf4": 2, "wide 8 int4-g128": 1, "plain 512 uint8-g64": 2}
@@ -57,6 +61,9 @@ AS_IT_IS = [
     "plain 1 fp8",
     "plain 8 int8+int8",
     "plain 1 int4-b8x128",
+    "experts 1 q4_k",
+    "experts 64 int4-g128",
+    "gated_experts 64 int4-g128",
 ]
 COMPILED = ["gated 1 int4-g128", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128", "narrow 16 int4-g128"]
 COMPILED += ["plain 64 nf4", "plain 32 int4-g32-asym", "plain 64 int8"]
@@ -105,14 +112,26 @@ def _numbers() -> list[list[Any]]:
 
 
 NUMBERS = _numbers()
+EXPERTS = [
+    ["int4-g128", 3, 20, 256, "bfloat16", False],
+    ["int4-g64-asym", 1, 18, 192, "float32", False],
+    ["nf4", 2, 33, 64, "float16", True],
+    ["int8", 3, 24, 48, "bfloat16", True],
+    ["q4_1", 1, 7, 96, "float32", True],
+]
+"""Scheme, tokens, n, k, dtype, whether every slot has an input of its own."""
+GATED = [["int4-g32", 3, 64, 96], ["nf4", 1, 64, 128], ["int8", 2, 24, 40]]
+"""Scheme, tokens, features between the products, k."""
+NAMES = [*FUSED, *DECODED, *AS_IT_IS]
+ROUTED = [[backend, m] for backend in ("fxquant", "inductor") for m in ROUTES]
 
 
-def _ask(what: str, requests: list[Any], **environment: str) -> list[Any]:
+def _ask(requests: dict[str, list[Any]], **environment: str) -> dict[str, list[Any]]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     path = [str(WORKER.parent), str(WORKER.parents[1]), *filter(None, [variables.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(path)
     run = subprocess.run(
-        [sys.executable, str(WORKER), what],
+        [sys.executable, str(WORKER)],
         input=json.dumps(requests),
         capture_output=True,
         text=True,
@@ -120,26 +139,29 @@ def _ask(what: str, requests: list[Any], **environment: str) -> list[Any]:
         env=variables,
     )
     # An exception would not be cached, and every test would start the process again.
-    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else [run.stderr[-6000:]] * len(requests)
+    failed = {kind: [run.stderr[-6000:]] * len(wanted) for kind, wanted in requests.items()}
+    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else failed
 
 
 @functools.cache
-def fusion() -> dict[str, Any]:
-    names = [*FUSED, *DECODED, *AS_IT_IS]
-    return dict(zip(names, _ask("fusion", names), strict=True))
+def generated() -> dict[str, list[Any]]:
+    requests = {
+        "fusion": NAMES,
+        "routes": [[*route, "int4-g128"] for route in ROUTED],
+        "machine": [[name, CAPABILITIES] for name in COMPILED],
+    }
+    return _ask(requests, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
 
 
 @functools.cache
-def machine() -> dict[str, Any]:
-    requests = [[name, CAPABILITIES] for name in COMPILED]
-    answers = _ask("machine", requests, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
-    return dict(zip(COMPILED, answers, strict=True))
+def interpreted() -> dict[str, list[Any]]:
+    import triton
 
-
-@functools.cache
-def routes() -> dict[tuple[str, int], Any]:
-    requests = [(backend, m, "int4-g128") for backend in ("fxquant", "inductor") for m in ROUTES]
-    return dict(zip([request[:2] for request in requests], _ask("routes", requests), strict=True))
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 does not run with NumPy 2.4")
+    requests = {"numbers": NUMBERS, "expert_numbers": EXPERTS, "gated_numbers": GATED}
+    return _ask(requests, TRITON_INTERPRET="1")
 
 
 def _checked(answer: Any) -> Any:
@@ -147,14 +169,13 @@ def _checked(answer: Any) -> Any:
     return answer
 
 
-@functools.cache
-def numbers() -> list[Any]:
-    return _ask("numbers", NUMBERS, TRITON_INTERPRET="1")
+def _fused(name: str) -> Any:
+    return _checked(generated()["fusion"][NAMES.index(name)])
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_kernels_of_our_own_and_nothing_else(name: str) -> None:
-    found = _checked(fusion()[name])
+    found = _fused(name)
     assert (len(found["launches"]), len(found["weights"])) == FUSED[name]
     assert found["externs"] == []
 
@@ -162,25 +183,31 @@ def test_kernels_of_our_own_and_nothing_else(name: str) -> None:
 @pytest.mark.parametrize("m", ROUTES)
 @pytest.mark.parametrize("backend", ["fxquant", "inductor"])
 def test_a_quantized_layer_that_torch_compiles(backend: str, m: int) -> None:
-    found = _checked(routes()[backend, m])
+    found = _checked(generated()["routes"][ROUTED.index([backend, m])])
     assert (len(found["weights"]), found["externs"]) == (ROUTES[m], [])
 
 
 @pytest.mark.parametrize("name", DECODED)
 def test_many_rows_go_to_the_library(name: str) -> None:
-    found = _checked(fusion()[name])
+    found = _fused(name)
     assert (len(found["launches"]), found["externs"]) == (DECODED[name], ["extern_kernels.mm"])
 
 
 @pytest.mark.parametrize("name", AS_IT_IS)
 def test_what_has_no_kernel_stays_the_op(name: str) -> None:
-    assert _checked(fusion()[name])["externs"] == ["torch.ops.fxquant.linear.default"]
+    kind = name.split()[0]
+    op = kind if kind.endswith("experts") else "linear"
+    assert _fused(name)["externs"] == [f"torch.ops.fxquant.{op}.default"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", COMPILED)
 def test_machine_code(name: str, capability: int) -> None:
-    kernels = [kernel for kernel in _checked(machine()[name]) if kernel["capability"] == capability]
+    kernels = [
+        kernel
+        for kernel in _checked(generated()["machine"][COMPILED.index(name)])
+        if kernel["capability"] == capability
+    ]
     assert kernels
     for kernel in kernels:
         assert kernel["spilled"] == 0
@@ -192,13 +219,22 @@ def test_machine_code(name: str, capability: int) -> None:
             assert kernel["16-byte copies"] > 0
 
 
+@pytest.mark.parametrize("i", range(len(EXPERTS)), ids=["-".join(map(str, request)) for request in EXPERTS])
+def test_numbers_of_experts(i: int) -> None:
+    found = _checked(interpreted()["expert_numbers"][i])
+    assert found["error"] <= 1
+    assert (found["absent"], found["externs"]) == (0, [])
+
+
+@pytest.mark.parametrize("i", range(len(GATED)), ids=["-".join(map(str, request)) for request in GATED])
+def test_numbers_of_gated_experts(i: int) -> None:
+    found = _checked(interpreted()["gated_numbers"][i])
+    assert found["error"] <= 1e-5
+    assert found["externs"] == []
+
+
 @pytest.mark.parametrize("i", range(len(NUMBERS)), ids=["-".join(map(str, request)) for request in NUMBERS])
 def test_numbers(i: int) -> None:
-    import triton
-
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-    if old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("the interpreter of Triton before 3.7 does not run with NumPy 2.4")
-    found = _checked(numbers()[i])
+    found = _checked(interpreted()["numbers"][i])
     assert found["error"] <= 1
     assert "torch.ops.fxquant.linear.default" not in found["externs"]

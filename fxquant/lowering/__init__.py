@@ -1,5 +1,6 @@
-"""How Inductor compiles `fxquant::linear` for GPUs. Only where it does: on CPUs the op is what it is without this."""
+"""How Inductor compiles quantized products for GPUs. Only where it does: on CPUs the ops are as without this."""
 
+from fxquant.lowering.experts import register_experts
 from fxquant.lowering.linear import register
 
-__all__ = ["register"]
+__all__ = ["register", "register_experts"]

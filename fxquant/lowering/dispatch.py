@@ -50,6 +50,9 @@ WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
 
 UNKNOWN_ROWS = 64
 """So many rows a symbolic batch is taken to have where nothing tells."""
+EXPERT_SLOTS = 64
+"""Up to so many slots of experts, each reads the planes of its own expert. With more of them, many would read the same
+planes, and the op, which decodes an expert once for several slots, stays as it is."""
 
 
 def ways(device: torch.device, bits: int, dtype: torch.dtype, rows: int) -> tuple[Way, ...]:

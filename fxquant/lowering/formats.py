@@ -25,6 +25,11 @@ class Format:
     """Scales are exponents: `2**(code - 127)`, 255 is nan."""
     zero: Zero
 
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits
+
     def exact(self, dtype: torch.dtype) -> bool:
         """Whether a value without its scale is a number in this dtype, so that its scale may come after the product."""
         if not self.table:
