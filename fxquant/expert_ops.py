@@ -20,6 +20,7 @@ from fxquant import native
 from fxquant.errors import ModelError
 from fxquant.expert_matmul import PLAIN, ExpertWeights, input_gradient, multiply_experts, weight_gradient
 from fxquant.inductor import not_traced
+from fxquant.lowering import register_experts
 from fxquant.op_registration import define, with_autocast
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
@@ -78,6 +79,7 @@ def _(
     abi: int,
 ) -> Tensor:
     _checked(x, ids, planes, biases, scheme, n, experts)
+    register_experts()
     return x.new_empty(*ids.shape, n)
 
 
@@ -275,6 +277,7 @@ def _gated_experts_fake(
     abi: int,
 ) -> Tensor:
     _both(x, ids, weights, first, second, first_scheme, second_scheme, inner, experts)
+    register_experts()
     return x.new_empty(x.shape)
 
 

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
-from torch import fx
+import torch
+from torch import Tensor, fx, ops
 from torch._ops import OpOverload as OpOverload  # what aten.add.Tensor is; since torch 1.11, read in 2.11 and 2.13
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the values of traced nodes; since 2.0, the same
 from torch.utils import _pytree as pytree  # torch.export's own, which has no public name yet; 2.11 to 2.13
 
-__all__ = ["FakeTensor", "OpOverload", "compile_cpp", "compile_graph", "not_traced", "pytree"]
+__all__ = [
+    "FakeTensor",
+    "OpOverload",
+    "add_lowering",
+    "as_it_is",
+    "compile_cpp",
+    "compile_graph",
+    "constant",
+    "from_template",
+    "is_size",
+    "likely_size",
+    "lowered",
+    "not_traced",
+    "once_for",
+    "pytree",
+    "realized",
+    "searches_kernels",
+    "side_by_side",
+    "sorted_by_remainder",
+    "triton_template",
+]
 
 T = TypeVar("T")
 
@@ -52,3 +76,157 @@ def not_traced(function: Callable[..., T]) -> Callable[..., T]:
     from torch._dynamo.decorators import skip
 
     return skip(function)
+
+
+def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:
+    """Let Inductor lower `op` by `lower`, from the moment on at which Inductor itself is imported; before: nothing.
+
+    `register_lowering(op, type_promotion_kind=None)`, which wraps `lower`, and the dictionary `lowerings`, where
+    Inductor also puts the fallback of an op that it has met without a lowering: read in torch 2.11, 2.13.
+    """
+    # Inductor takes seconds to import. It is there before it traces, and whoever compiles nothing needs none of it.
+    module: Any = sys.modules.get("torch._inductor.lowering")
+    if module is None or not hasattr(module, "register_lowering"):
+        return
+    if getattr(module.lowerings.get(op), "__wrapped__", None) is not lower:
+        module.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def lowered(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Inductor makes of a call of `op` on values of its own: another such value. In torch 2.11, 2.13 alike."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[op](*args, **kwargs)
+
+
+def as_it_is(op: OpOverload, *args: Any) -> Any:
+    """A call of `op` from the generated code, as of an op that has no lowering: read in torch 2.11, 2.13."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def constant(tensor: Tensor) -> Any:
+    """A tensor that is known when a graph is compiled, as a value: `add_tensor_constant`, read in torch 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return V.graph.add_tensor_constant(tensor)
+
+
+def side_by_side(values: Sequence[Any]) -> Any:
+    """The values joined along their last dimension.
+
+    The lowering of `aten.cat` and `set_current_node`: read in torch 2.11, 2.13. In 2.11 the current node has to be an
+    `aten.cat`, whose inputs are asked for their memory format: a list of no inputs is the answer.
+    """
+    from torch._inductor.virtualized import V
+
+    users = V.graph.current_node.users
+    with V.graph.set_current_node(cast(Any, SimpleNamespace(args=([],), users=users))):
+        return lowered(ops.aten.cat, list(values), -1)
+
+
+def realized(value: Any) -> Any:
+    """The value as a contiguous buffer in memory: read in torch 2.11, 2.13."""
+    from torch._inductor.ir import ExternKernel
+
+    return ExternKernel.require_contiguous(ExternKernel.realize_input(value))
+
+
+def sorted_by_remainder(value: Any, size: int, count: int) -> Any:
+    """A vector in memory, first its elements 0, count, 2 * count, ..., then 1, count + 1, ..., and so on.
+
+    What computes the value can store it so: the store has the new place, the loop stays the value's own. `Scatter`,
+    `ComputedBuffer(name=, layout=, data=)`, the two registers of a graph, sympy's functions: read in torch 2.11, 2.13.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    def place(index: Sequence[Any]) -> Any:
+        return [ModularIndexing(index[0], 1, count) * (size // count) + FloorDiv(index[0], count)]
+
+    device, kind, load = value.get_device(), value.get_dtype(), value.make_loader()
+    data = ir.Scatter(device=device, dtype=kind, inner_fn=load, ranges=[cast(Any, size)], output_indexer=place)
+    layout = ir.FixedLayout(device, kind, [cast(Any, size)])
+    buffer: Any = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+    return ir.TensorBox.create(buffer)
+
+
+def once_for(value: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives for the value of a node, made once in a graph however many nodes read that one.
+
+    A node's value is a box around what is there, and `V.graph` lives as long as one graph: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.virtualized import V
+
+    made: dict[int, Any] = V.graph.__dict__.setdefault("_made_by_fxquant", {})
+    if id(value.data) not in made:
+        made[id(value.data)] = value.data, make()  # the value as well, so that its id stays its own
+    return made[id(value.data)][1]
+
+
+def is_size(size: Any, number: int) -> bool:
+    """Whether a size of Inductor's, maybe a symbol, is this number for certain: read in torch 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.statically_known_equals(size, number))
+
+
+def likely_size(size: Any, unknown: int) -> int:
+    """What a size of Inductor's, maybe a symbol, was when the graph was traced; `unknown` where nothing tells.
+
+    `size_hint` in torch 2.11, `optimization_hint` in 2.13.
+    """
+    from torch._inductor.virtualized import V
+
+    sizes: Any = V.graph.sizevars
+    hint = sizes.optimization_hint if hasattr(sizes, "optimization_hint") else sizes.size_hint
+    return int(hint(size, fallback=unknown))
+
+
+def searches_kernels() -> bool:
+    """Whether the user asked for kernels to be chosen by measurement: read in torch 2.11, 2.13."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def triton_template(name: str, source: str) -> Any:
+    """A kernel into which Inductor fuses what follows it. One per name and process: Inductor refuses a second one.
+
+    `source` is Triton in Inductor's Jinja; a program computes BLOCK_M x BLOCK_N of a matrix; of a stack of
+    them, it is the matrix of the program's second index.
+    `TritonTemplate(name=, grid=, source=)` and `SymbolicGridFn`: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    @SymbolicGridFn
+    def grid(*sizes: Any, cdiv: Callable[..., Any]) -> tuple[Any, Any, int]:
+        *outer, m, n, meta = sizes
+        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), math.prod(outer), 1
+
+    return TritonTemplate(name=name, grid=grid, source=source)
+
+
+def from_template(
+    template: Any, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype, configs: Sequence[Mapping[str, Any]]
+) -> Any | None:
+    """A matrix of this size and dtype, or a stack of them, by the best of the configs; None where there is none.
+
+    With one config nothing is measured. `maybe_append_choice(choices, input_nodes=, layout=, ...)` and
+    `autotune_select_algorithm`, which returns a pair from torch 2.12 on: read in 2.11, 2.13.
+    """
+    from torch._inductor.ir import FixedLayout
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    layout = FixedLayout(inputs[0].get_device(), dtype, list(size))
+    choices: list[Any] = []
+    for config in configs:
+        template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **config)
+    if not choices:
+        return None
+    found = autotune_select_algorithm(template.name, choices, list(inputs), layout)
+    return found[0] if isinstance(found, tuple) else found

@@ -24,12 +24,13 @@ from fxquant import native
 from fxquant.activation_codecs import CODE_DTYPES
 from fxquant.activation_codecs import quantize_activation as encode_activation
 from fxquant.codecs import dequantize as decode
+from fxquant.lowering import register as register_lowering
 from fxquant.op_arguments import check_codes, checked_activation, planes_by_weight, scales_shape
 from fxquant.op_registration import define, with_autocast
 from fxquant.quantized_matmul import multiply
 from fxquant.scheme import Scheme
 
-ABI = 1
+ABI = 2
 """Number of the ops' contract, an argument of every op and so a part of every compile-cache key.
 
 Inductor's cache does not know the source of our kernels: raise this when a kernel, its packing or its meaning changes.
@@ -50,9 +51,10 @@ def linear(
     """`x @ W.T + bias`, accumulated in float32, rounded once to the dtype of x.
 
     Under a scheme that leaves activations alone W is `dequantize(planes)` in the dtype of x, or in float32 where a CPU
-    runs compiled kernels, see `fxquant.native.linear`. Under one that quantizes them, x is what its codes and scales
-    stand for, float32, see `fxquant.activation_codecs.quantize_activation`: a scale per token, per group of features or
-    the plane `input_scale` (which clips); features that the scheme counts as outliers are x itself. W is dequantized to
+    runs compiled kernels, see `fxquant.native.linear`, or Inductor compiles the call for a GPU, see `fxquant.lowering`.
+    Under one that quantizes them, x is what its codes and scales stand for, float32, see
+    `fxquant.activation_codecs.quantize_activation`: a scale per token, per group of features or the plane
+    `input_scale` (which clips); features that the scheme counts as outliers are x itself. W is dequantized to
     float32 there. Against the same sum in exact arithmetic, y is off by less than `(u + (K + 8) * 2**-24) * (|x| @
     |W|.T + |bias|)`, u being half the distance of 1 to the next larger number in the dtype of x, unless it overflows or
     the scales underflow. Products of int8 codes are added up as integers, exactly, where the device does that faster.
@@ -129,6 +131,7 @@ def _linear_fake(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor:
     planes_by_weight(planes, rows, scheme, x.shape[-1])
+    register_lowering()
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 

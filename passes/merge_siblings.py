@@ -6,7 +6,8 @@ After     y = fxquant.linear(x, [q_codes, q_scales, k_codes, k_scales], [], 'int
           q, k = split(y, [512, 128], -1)
 
 Fires when       two or more quantized linears of one scheme read the same node.
-Stays out when   the planes are computed in the graph, or a write, an autocast border or the like stands between them.
+Stays out when   the planes are computed in the graph, or a write, an autocast border or the like stands between them;
+                 on a GPU, where Inductor joins siblings by itself, and together with what reads them.
 Numerics         exact: the same products and sums in the same order; static input scales stay those of each weight.
 """
 
@@ -43,6 +44,9 @@ class MergeSiblings(Pass):
         for (x, scheme, _), group in groups.items():
             readers[x, scheme] = readers.get((x, scheme), 0) + len(group)
         for (x, scheme, _), group in groups.items():
+            if len(group) > 1 and _device(x) == "cuda":
+                edit.miss("on a GPU its siblings and it are joined when the graph is compiled", group[0].name)
+                continue
             mergeable = [n for n in group if _planes_are_stored(n)]
             for node in group:
                 if node not in mergeable:
@@ -51,6 +55,11 @@ class MergeSiblings(Pass):
                 _merge(edit, mergeable)
             elif len(group) == 1 and readers[x, scheme] > 1:
                 edit.miss("a write or an autocast border stands between it and its siblings", group[0].name)
+
+
+def _device(node: fx.Node) -> str | None:
+    found = value(node)
+    return found.device.type if isinstance(found, torch.Tensor) else None
 
 
 def _planes_are_stored(node: fx.Node) -> bool:

@@ -46,7 +46,7 @@ class Double:
     @functools.cached_property
     def values(self) -> Tensor:
         """What each code stands for, float32 `[256]`."""
-        return dynamic_map().to(self.offset.device)
+        return _dynamic_map_on(self.offset.device)
 
     @functools.cached_property
     def codes_by_level(self) -> Tensor:
@@ -70,6 +70,12 @@ def double(scales: Tensor) -> Double:
     if whole < centred.numel():
         tops.append(centred[whole:].abs().amax().view(1))
     return Double(torch.cat(tops), offset)
+
+
+@functools.lru_cache(maxsize=8)
+def _dynamic_map_on(device: torch.device) -> Tensor:
+    # Copied to a device once: the host would wait for each copy, and a CUDA graph can hold none.
+    return dynamic_map().to(device)
 
 
 def dynamic_map() -> Tensor:

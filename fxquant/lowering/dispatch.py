@@ -1,0 +1,70 @@
+"""Which kernel multiplies: by device, dtype and rows of the input. Data; no GPU has measured it yet.
+
+The limits follow from what the ways read and compute. One row of x leaves tensor cores idle, so that only bytes count.
+Up to some hundred rows the bytes of the weight still dominate, and codes are decoded next to the product. From there on
+a product is bound by arithmetic, where the vendor's library is best: to decode the weight first moves
+`(bits / 8 + 2 * itemsize) * n * k` bytes more, which matter the less the more rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+Way = Literal["gemv", "tiles", "decoded"]
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Inputs that go one way."""
+
+    way: Way
+    bits: tuple[int, ...]
+    """Of a code."""
+    dtypes: tuple[torch.dtype, ...]
+    """Of the input."""
+    most: int | None
+    """Rows of the input; None: however many."""
+    capability: int = 0
+    """The least compute capability of the GPU, times ten."""
+
+
+WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
+    {
+        "cuda": (
+            Span("gemv", (4, 8), (*_HALVES, torch.float32), 1),
+            Span("tiles", (4,), _HALVES, 192, 80),
+            Span("tiles", (8,), _HALVES, 128, 80),
+            # Tensor cores would round float32 inputs to tf32: these go to the library, which asks the user.
+            Span("decoded", (4, 8), (*_HALVES, torch.float32), None),
+        )
+    }
+)
+"""By kind of device; the first that fits is taken. What none fits is computed by the op as it is."""
+
+
+UNKNOWN_ROWS = 64
+"""So many rows a symbolic batch is taken to have where nothing tells."""
+EXPERT_SLOTS = 64
+"""Up to so many slots of experts, each reads the planes of its own expert. With more of them, many would read the same
+planes, and the op, which decodes an expert once for several slots, stays as it is."""
+
+
+def ways(device: torch.device, bits: int, dtype: torch.dtype, rows: int) -> tuple[Way, ...]:
+    """The ways that such a product may go, the best first."""
+    spans = WAYS.get(kind_of(device), ())
+    fitting = [s for s in spans if bits in s.bits and dtype in s.dtypes and (s.most is None or rows <= s.most)]
+    if not fitting:
+        return ()
+    major, minor = torch.cuda.get_device_capability(device)
+    return tuple(span.way for span in fitting if span.capability <= 10 * major + minor)
+
+
+def kind_of(device: torch.device) -> str:
+    """The device's type; AMD's GPUs, which torch calls cuda as well, are `hip`."""
+    return "hip" if device.type == "cuda" and torch.version.hip else device.type

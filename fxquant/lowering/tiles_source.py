@@ -1,0 +1,153 @@
+"""The Triton source of the tiled kernel, for every kind of code, zero and scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fxquant.lowering.formats import Format
+from fxquant.scheme import Zero
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the source of the kernel depends on. Sizes and tiles are constants of the compiled kernel instead."""
+
+    bits: int
+    zero: Zero
+    table: bool
+    power: bool
+    exact: bool
+    """Values of codes are numbers in the dtype of x."""
+    bias: bool
+    split: bool
+    """The columns of the weight are split: a program gives its part of the sum."""
+
+    @classmethod
+    def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool) -> Variant:
+        """For weights of a format and inputs of a dtype."""
+        return cls(form.bits, form.zero, bool(form.table), form.power, form.exact(dtype), bias, split)
+
+    @property
+    def name(self) -> str:
+        """A name that no other variant has."""
+        words = [f"{'table' if self.table else 'int'}{self.bits}", f"zero_{self.zero}"]
+        words += [word for word in ("power", "exact", "bias", "split") if getattr(self, word)]
+        return "fxquant_linear_" + "_".join(words)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """x, codes, scales, zeros or biases, the table, and the bias of the linear."""
+        optional = (("Z", self.zero != "none"), ("T", self.table), ("B", self.bias))
+        return ("A", "P", "S", *(name for name, there in optional if there))
+
+
+def source(variant: Variant) -> str:
+    """The kernel. A program computes `BLOCK_M` x `BLOCK_N` of the result, in steps of `BLOCK_K` columns.
+
+    Where columns are split, a program takes `STEPS` steps, from its own part on, and the parts are added up elsewhere,
+    in an order that is always the same. Where the values of codes are exact in the dtype of x and a step lies within
+    one group, the scale multiplies what a step adds, once per step and not once per weight. Elsewhere weights are
+    scaled in float32, then rounded.
+    """
+    lines = [_HEAD.replace("NAMES", ", ".join(f'"{name}"' for name in variant.inputs)), _STEPS[variant.split], _LOADS]
+    lines.append(_FIELDS[variant.bits])
+    lines.append(_SCALES[variant.power])
+    if variant.table:
+        lines.append(_TABLE)
+    if variant.zero != "none":
+        lines.append(_PACKED_ZERO if variant.zero == "int" and variant.bits == 4 else _PLAIN_ZERO)
+    lines.append(_subtracted(variant))
+    lines.append(_PRODUCT.replace("SHIFT", " + z.to(tl.float32)[:, :, None]" if variant.zero == "bias" else ""))
+    lines.append(
+        _TAIL.replace("BIAS", _BIAS if variant.bias else "").replace("PART", '"part", ' if variant.split else "")
+    )
+    return "\n".join(lines)
+
+
+_HEAD = """
+{{def_kernel(NAMES)}}
+    M = {{size("A", 0)}}
+    N = {{size("P", 0)}}
+    K = {{size("A", 1)}}
+    # Programs next to each other read the same rows of the weight.
+    program = tl.program_id(0).to(INDEX_DTYPE)
+    bands = (M + BLOCK_M - 1) // BLOCK_M
+    first_m = program % bands * BLOCK_M
+    first_n = program // bands * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    # Rows past the end are read from the start again, and not stored.
+    row_m = m % M
+    row_n = n % N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)"""
+_STEPS = {
+    False: """\
+    for step in range(0, STEPS):""",
+    True: """\
+    part = tl.program_id(1).to(INDEX_DTYPE)
+    for step in range(part * STEPS, part * STEPS + STEPS):""",
+}
+
+_LOADS = """\
+        a = tl.load(A + row_m[:, None] * {{stride("A", 0)}} + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
+        group = step * BLOCK_K // GROUP + tl.arange(0, GROUPS)
+        s = tl.load(S + row_n[:, None] * {{stride("S", 0)}} + group[None, :])"""
+
+_FIELDS = {
+    4: """\
+        bytes = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        p = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + bytes[None, :])
+        v = tl.interleave(p & 0xF, p >> 4)""",
+    8: """\
+        v = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])""",
+}
+_TABLE = """\
+        v = tl.load(T + v.to(tl.int32))"""
+_SCALES = {
+    False: """\
+        s = s.to(tl.float32)""",
+    True: """\
+        s = tl.where(s == 0, 0x00400000, tl.where(s == 255, 0x7FC00000, s.to(tl.int32) << 23))
+        s = s.to(tl.float32, bitcast=True)""",
+}
+_PACKED_ZERO = """\
+        z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + (group // 2)[None, :])
+        z = (z >> (group % 2 * 4).to(tl.uint8)[None, :]) & 0xF"""
+_PLAIN_ZERO = """\
+        z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + group[None, :])"""
+
+
+def _subtracted(variant: Variant) -> str:
+    """Values minus zeros: `v`, by groups. Integers are subtracted as integers, which every code and zero fits into."""
+    by_group = "        v = tl.reshape({}, (BLOCK_N, GROUPS, BLOCK_K // GROUPS))"
+    if variant.table:
+        return by_group.format("v")
+    if variant.zero == "int":
+        return by_group.format("v.to(tl.int16)") + " - z.to(tl.int16)[:, :, None]"
+    value = "v.to(tl.int16) + LOW"
+    if variant.zero == "float":
+        return by_group.format(f"({value}).to(tl.float32)") + " - z.to(tl.float32)[:, :, None]"
+    return by_group.format(value)
+
+
+_PRODUCT = """\
+        if SCALE_LAST:
+            w = tl.reshape(v.to(a.dtype), (BLOCK_N, BLOCK_K))
+            acc += tl.dot(a, tl.trans(w), out_dtype=tl.float32) * tl.trans(s)
+        else:
+            w = v.to(tl.float32) * s[:, :, None]SHIFT
+            w = tl.reshape(w.to(a.dtype), (BLOCK_N, BLOCK_K))
+            acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.float32)"""
+
+_BIAS = """
+    acc += tl.load(B + row_n)[None, :].to(tl.float32)"""
+
+_TAIL = """\
+BIAS
+    idx_m = m[:, None]
+    idx_n = n[None, :]
+    mask = (idx_m < M) & (idx_n < N)
+    {{store_output((PART"idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
+"""

@@ -1,0 +1,241 @@
+"""The code that Inductor writes for fxquant::linear on CUDA: what is fused, what it compiles to, what it computes.
+
+No GPU is needed, and none is used: a device is made believe, Triton's compiler gives machine code for GPUs that are not
+there, and Triton's interpreter runs the kernels on a CPU. Times are nowhere claimed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Inductor writes Triton for CUDA")
+numpy = pytest.importorskip("numpy")
+WORKER = Path(__file__).with_name("cuda_worker.py")
+
+FUSED = {
+    # One row: gate, up and the activation in one kernel; q, k and v in one. Another one brings x into the order in
+    # which it is read fast, where nothing computes x.
+    "gated 1 int4-g128": (2, 1),
+    "gated 1 nf4": (2, 1),
+    "attention 1 int4-g128": (2, 1),
+    "siblings 1 int4-g128-asym": (2, 1),
+    "epilogue 1 mxfp4": (2, 1),
+    "plain 1 int8": (1, 1),
+    "wide 1 int4-g128": (2, 1),
+    # The norm before gate and up, and what they give, are stored in that order as they are computed.
+    "block 1 int4-g128": (3, 2),
+    # Some rows: one template for each linear, with bias and activation in it.
+    "epilogue 64 int4-g128": (1, 1),
+    "epilogue 16 nf4": (1, 1),
+    "plain 8 int4-g64-asym symbolic": (1, 1),
+    "gated 64 int4-g128": (2, 2),
+    "block 32 int4-g128": (5, 3),
+    "plain 2 q4_1": (1, 1),
+    "plain 128 int8": (1, 1),
+    # A weight of few rows: its columns are split, and what adds the parts up has bias and activation in it.
+    "narrow 16 int4-g128": (2, 1),
+    "narrow 64 int4-g64-asym symbolic": (2, 1),
+    # Experts of a few tokens: gate, up and their product in one kernel, as is down.
+    "experts 4 nf4": (2, 1),
+    "gated_experts 1 int4-g128": (4, 2),
+    "gated_experts 4 int4-g64-asym": (4, 2),
+}
+"""Graph: kernels, and how many of them read a weight; nothing else is called."""
+DECODED = {"plain 512 int4-g128": 2, "plain 512 nf4": 2, "wide 8 int4-g128": 1, "plain 512 uint8-g64": 2}
+"""Graph: kernels beside one product of the library's."""
+ROUTES = {1: (6, 4), 64: (9, 7)}
+"""Rows: kernels of a decoder's layer, and how many of them read a weight. Two are norms. Of one row, seven linears are
+q with k and v, o, gate with up, and down, with all that stands between."""
+AS_IT_IS = [
+    "plain 8 nf4-dq",
+    "plain 1 q4_k",
+    "plain 8 int3-g64",
+    "plain 1 fp8",
+    "plain 8 int8+int8",
+    "plain 1 int4-b8x128",
+    "experts 1 q4_k",
+    "experts 64 int4-g128",
+    "gated_experts 64 int4-g128",
+]
+COMPILED = ["gated 1 int4-g128", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128", "narrow 16 int4-g128"]
+COMPILED += ["plain 64 nf4", "plain 32 int4-g32-asym", "plain 64 int8"]
+WIDE_LOADS = 12
+"""So many loads of sixteen bytes does a thread make for gate and up: 4 of codes and, for both weights, 8 of x."""
+CAPABILITIES = [80, 90, 100]
+MOST_SHARED = 99 << 10
+"""Bytes of shared memory that a block may have on every GPU from compute capability 8.0 on."""
+
+INTEGERS = ["int4-g128", "int4-g64-asym", "uint4-g32", "int4-g32-fzero", "q4_1", "int8", "int8-g32-asym", "uint8-g16"]
+TABLES = ["nf4", "fp4", "mxfp4", "iq4_nl", "table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2,4,8)-g32-fp32"]
+
+
+def _numbers() -> list[list[Any]]:
+    """Scheme, m, rows, k, dtype, bias, searched."""
+    found: list[list[Any]] = []
+    for i, spelling in enumerate(INTEGERS + TABLES):
+        half, other = ("bfloat16", "float16") if i % 2 else ("float16", "bfloat16")
+        found.append([spelling, 1, [50], 256, half, True, False])
+        found.append([spelling, 5, [50], 384, half, True, False])
+        found.append([spelling, 33, [33], 128, other, False, False])
+    found += [
+        ["int4-g128", 1, [7], 128, "float32", True, False],  # one group is all of K
+        ["nf4", 1, [1], 64, "float32", False, False],
+        ["int4-g96-asym", 3, [18], 96, "bfloat16", False, False],  # a group that is no power of two
+        ["uint4-g16", 2, [16], 48, "float16", True, False],  # an odd number of groups
+        ["int8", 2, [40], 48, "bfloat16", False, False],
+        ["int4-g32", 1, [48, 16, 16], 96, "bfloat16", True, False],
+        ["int4-g32", 17, [48, 16, 16], 96, "bfloat16", True, False],
+        ["int4-g128-asym", 200, [20], 256, "bfloat16", True, False],  # decoded as a whole
+        ["mxfp4", 200, [20], 64, "float16", False, False],
+        ["int4-g128", 130, [140], 128, "bfloat16", True, False],  # more than one tile each way
+        ["int4-g64", 40, [70], 128, "bfloat16", False, True],
+        ["int4-g128", 4, [24], 20 * 128, "float16", False, False],
+        # columns in four parts, with a bias and without
+        ["int4-g128", 3, [24], 2048, "bfloat16", True, False],
+        ["nf4", 17, [40, 33], 1024, "float16", False, False],
+        # steps within one group, of codes that are scaled one by one
+        ["uint4-g128-bias", 5, [24], 256, "bfloat16", True, False],
+        ["int4-g128-fzero", 5, [24], 256, "float16", False, False],
+        ["table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.3,0,0.3,0.5,1,1.5,2,4,8)-g128", 5, [24], 256, "bfloat16", True, False],
+        ["int8-g2", 3, [20], 64, "bfloat16", False, False],
+        ["int4-g24", 3, [20], 72, "bfloat16", False, False],  # no step that tensor cores take: decoded as a whole
+    ]
+    return found
+
+
+NUMBERS = _numbers()
+EXPERTS = [
+    ["int4-g128", 3, 20, 256, "bfloat16", False],
+    ["int4-g64-asym", 1, 18, 192, "float32", False],
+    ["nf4", 2, 33, 64, "float16", True],
+    ["int8", 3, 24, 48, "bfloat16", True],
+    ["q4_1", 1, 7, 96, "float32", True],
+]
+"""Scheme, tokens, n, k, dtype, whether every slot has an input of its own."""
+GATED = [["int4-g32", 3, 64, 96], ["nf4", 1, 64, 128], ["int8", 2, 24, 40]]
+"""Scheme, tokens, features between the products, k."""
+NAMES = [*FUSED, *DECODED, *AS_IT_IS]
+ROUTED = [[backend, m] for backend in ("fxquant", "inductor") for m in ROUTES]
+
+
+def _ask(requests: dict[str, list[Any]], **environment: str) -> dict[str, list[Any]]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    path = [str(WORKER.parent), str(WORKER.parents[1]), *filter(None, [variables.get("PYTHONPATH")])]
+    variables["PYTHONPATH"] = os.pathsep.join(path)
+    run = subprocess.run(
+        [sys.executable, str(WORKER)],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=variables,
+    )
+    # An exception would not be cached, and every test would start the process again.
+    failed = {kind: [run.stderr[-6000:]] * len(wanted) for kind, wanted in requests.items()}
+    return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else failed
+
+
+@functools.cache
+def generated() -> dict[str, list[Any]]:
+    requests = {
+        "fusion": NAMES,
+        "routes": [[*route, "int4-g128"] for route in ROUTED],
+        "machine": [[name, CAPABILITIES] for name in COMPILED],
+    }
+    return _ask(requests, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+
+
+@functools.cache
+def interpreted() -> dict[str, list[Any]]:
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 does not run with NumPy 2.4")
+    requests = {"numbers": NUMBERS, "expert_numbers": EXPERTS, "gated_numbers": GATED}
+    return _ask(requests, TRITON_INTERPRET="1")
+
+
+def _checked(answer: Any) -> Any:
+    assert not isinstance(answer, str), answer
+    return answer
+
+
+def _fused(name: str) -> Any:
+    return _checked(generated()["fusion"][NAMES.index(name)])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_kernels_of_our_own_and_nothing_else(name: str) -> None:
+    found = _fused(name)
+    assert (len(found["launches"]), len(found["weights"])) == FUSED[name]
+    assert found["externs"] == []
+
+
+@pytest.mark.parametrize("m", ROUTES)
+@pytest.mark.parametrize("backend", ["fxquant", "inductor"])
+def test_a_quantized_layer_that_torch_compiles(backend: str, m: int) -> None:
+    found = _checked(generated()["routes"][ROUTED.index([backend, m])])
+    assert (len(found["launches"]), len(found["weights"])) == ROUTES[m]
+    assert found["externs"] == []
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_many_rows_go_to_the_library(name: str) -> None:
+    found = _fused(name)
+    assert (len(found["launches"]), found["externs"]) == (DECODED[name], ["extern_kernels.mm"])
+
+
+@pytest.mark.parametrize("name", AS_IT_IS)
+def test_what_has_no_kernel_stays_the_op(name: str) -> None:
+    kind = name.split()[0]
+    op = kind if kind.endswith("experts") else "linear"
+    assert _fused(name)["externs"] == [f"torch.ops.fxquant.{op}.default"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", COMPILED)
+def test_machine_code(name: str, capability: int) -> None:
+    kernels = [
+        kernel
+        for kernel in _checked(generated()["machine"][COMPILED.index(name)])
+        if kernel["capability"] == capability
+    ]
+    assert kernels
+    for kernel in kernels:
+        assert kernel["spilled"] == 0
+        assert kernel["shared"] <= MOST_SHARED
+        if " 1 " in name:
+            assert kernel["16-byte loads"] >= WIDE_LOADS
+        else:
+            assert kernel["tensor cores"] > 0
+            assert kernel["16-byte copies"] > 0
+
+
+@pytest.mark.parametrize("i", range(len(EXPERTS)), ids=["-".join(map(str, request)) for request in EXPERTS])
+def test_numbers_of_experts(i: int) -> None:
+    found = _checked(interpreted()["expert_numbers"][i])
+    assert found["error"] <= 1
+    assert (found["absent"], found["externs"]) == (0, [])
+
+
+@pytest.mark.parametrize("i", range(len(GATED)), ids=["-".join(map(str, request)) for request in GATED])
+def test_numbers_of_gated_experts(i: int) -> None:
+    found = _checked(interpreted()["gated_numbers"][i])
+    assert found["error"] <= 1e-5
+    assert found["externs"] == []
+
+
+@pytest.mark.parametrize("i", range(len(NUMBERS)), ids=["-".join(map(str, request)) for request in NUMBERS])
+def test_numbers(i: int) -> None:
+    found = _checked(interpreted()["numbers"][i])
+    assert found["error"] <= 1
+    assert "torch.ops.fxquant.linear.default" not in found["externs"]

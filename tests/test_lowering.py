@@ -1,0 +1,160 @@
+"""Which products have kernels of their own, and that nobody else notices. What the kernels are: test_cuda_code.py."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from typing import get_args
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
+
+from fxquant.codecs import quantize
+from fxquant.lowering.dispatch import WAYS, ways
+from fxquant.lowering.formats import format_of
+from fxquant.lowering.shapes import Choice, Shape, Tile, choices, parse, splits, stored
+from fxquant.lowering.tiles_source import Variant, source
+from fxquant.ops import ABI
+from fxquant.scheme import Scheme, Zero
+
+COVERED = {
+    "int4-g128": (4, -8, 128),
+    "int4-g64-asym": (4, 0, 64),
+    "int4-g32-fzero": (4, -8, 32),
+    "uint4-g32": (4, 0, 32),
+    "q4_1": (4, 0, 32),
+    "int8": (8, 0, 256),
+    "nf4": (4, 0, 64),
+    "mxfp4": (4, 0, 32),
+}
+"""Scheme: bits, addend and group of its format, of a weight with 256 columns."""
+NOT_COVERED = ["nf4-dq", "q4_k", "nvfp4", "int3-g64", "fp8", "int8+int8", "int4-g64-perm", "int8-tensor", "ternary"]
+PROBE = """
+import sys, torch, fxquant.ops
+from fxquant.scheme import Scheme
+planes = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in Scheme.parse("int4-g32").planes(16, 64).values()]
+torch.ops.fxquant.linear(torch.empty(2, 64, device="meta"), planes, [], "int4-g32", [16], fxquant.ops.ABI)
+assert "torch._inductor.lowering" not in sys.modules
+"""
+
+
+def test_nothing_is_imported_before_inductor_is() -> None:
+    run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("spelling", COVERED)
+def test_formats(spelling: str) -> None:
+    form = format_of(Scheme.parse(spelling), 32, 256)
+    assert form is not None
+    assert (form.bits, form.low, form.group) == COVERED[spelling]
+
+
+@pytest.mark.parametrize("spelling", NOT_COVERED)
+def test_other_schemes_have_none(spelling: str) -> None:
+    assert format_of(Scheme.parse(spelling), 256, 256) is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 96), (0, 64), (8, 0)])
+def test_flat_blocks_that_straddle_rows_and_empty_weights_have_none(n: int, k: int) -> None:
+    assert format_of(Scheme.parse("nf4"), n, k) is None
+
+
+def test_scales_come_last_where_codes_are_exact() -> None:
+    wanted = {"int4-g128": True, "int8": True, "int4-g64-asym": True, "mxfp4": True, "iq4_nl": True}
+    wanted |= {"nf4": False, "int4-g32-fzero": False, "q4_1": False}
+    found = {name: format_of(Scheme.parse(name), 8, 256) for name in wanted}
+    assert {name: form.exact(torch.bfloat16) for name, form in found.items() if form} == wanted
+
+
+@given(st.integers(1, 10_000), st.sampled_from([4, 8]), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_every_product_on_a_gpu_has_a_way(rows: int, bits: int, dtype: torch.dtype) -> None:
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)):
+        found = ways(torch.device("cuda"), bits, dtype, rows)
+    assert found[-1] == "decoded"
+    assert ("gemv" in found) == (rows == 1)
+    assert "tiles" not in found or dtype != torch.float32
+
+
+def test_old_gpus_have_no_tiles() -> None:
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)):
+        assert ways(torch.device("cuda"), 4, torch.float16, 8) == ("decoded",)
+
+
+@pytest.mark.parametrize(("name", "hip"), [("cpu", None), ("xpu", None), ("cuda", "6.4")])
+def test_other_devices_have_no_way(name: str, hip: str | None) -> None:
+    assert set(WAYS) == {"cuda"}
+    with mock.patch.object(torch.version, "hip", hip):
+        assert ways(torch.device(name), 4, torch.bfloat16, 1) == ()
+
+
+@given(st.integers(1, 10_000))
+def test_the_tile_for_so_many_rows_comes_first(rows: int) -> None:
+    table = stored()
+    first, *rest = choices(table, "a GPU that nobody has measured", 4, 100, 100, rows)
+    assert {first, *rest} == {Choice(tile) for _, tile in table.general}
+    fitting = [Choice(tile) for most, tile in table.general if rows <= most]
+    assert not fitting or first == fitting[0]
+
+
+def test_a_measured_tile_is_preferred_where_it_was_measured() -> None:
+    entry = {"rows": 32, "columns": 128, "depth": 64, "warps": 8, "stages": 2}
+    shape = {"device": "GPU", "bits": 4, "n": 64, "k": 128}
+    general = [{"most": 16, **entry, "rows": 16}]
+    table = parse(
+        {"general": general, "measured": [{**shape, "most": most, **entry, "splits": most} for most in (32, 8)]}
+    )
+    assert table.measured[0] == (Shape("GPU", 4, 64, 128, 32), Choice(Tile(**entry), 32))
+    assert choices(table, "GPU", 4, 64, 128, 8)[0].splits == 8
+    assert choices(table, "GPU", 4, 64, 128, 9)[0].splits == 32
+    others = [("another", 4, 64, 128, 8), ("GPU", 8, 64, 128, 8), ("GPU", 4, 65, 128, 8), ("GPU", 4, 64, 128, 33)]
+    for other in others:
+        assert choices(table, *other) == (Choice(table.general[0][1]),)
+
+
+def test_a_table_with_other_keys_is_refused() -> None:
+    with pytest.raises(TypeError):
+        parse({"general": [{"most": 16, "rows": 16}], "measured": []})
+
+
+@given(st.integers(1, 500), st.integers(1, 1000), st.integers(1, 200))
+def test_splits_are_equal_parts_and_no_more_than_a_gpu_needs(programs: int, steps: int, processors: int) -> None:
+    parts = splits(programs, steps, processors)
+    assert steps % parts == 0
+    assert parts == 1 or (steps // parts >= 4 and parts // 2 * programs < processors)
+    assert splits(processors, steps, processors) == 1
+
+
+def test_few_programs_are_split() -> None:
+    assert splits(32, 32, 132) == 4
+    assert splits(1, 64, 132) == 8
+    assert splits(1, 7, 132) == 1
+
+
+def test_every_variant_has_a_name_and_a_source_of_its_own() -> None:
+    flags = itertools.product([4, 8], get_args(Zero), *[[False, True]] * 5)
+    variants = [Variant(*values) for values in flags]
+    assert len({variant.name for variant in variants}) == len(variants)
+    for variant in variants:
+        text = source(variant)
+        assert all(f'"{name}"' in text for name in variant.inputs)
+        assert ("T + " in text, "B + " in text, "part" in text) == (variant.table, variant.bias, variant.split)
+
+
+def test_on_a_cpu_the_op_stays_one_call() -> None:
+    planes = list(quantize(torch.randn(16, 64), Scheme.parse("int4-g32"), "absmax").values())
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.ops.fxquant.linear(x, planes, [], "int4-g32", [16], ABI))
+
+    for m in (1, 5):
+        x = torch.randn(m, 64)
+        torch._dynamo.reset()
+        y, (code,) = run_and_get_code(torch.compile(fn, options={"fx_graph_cache": False}), x)
+        assert code.count("torch.ops.fxquant.linear.default(") == 1
+        assert torch.equal(y, fn(x))
