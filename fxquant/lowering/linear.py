@@ -27,7 +27,7 @@ def lower(x: Any, planes: Sequence[Any], biases: Sequence[Any], scheme: str, row
     """Inductor's value of `fxquant::linear(x, planes, biases, scheme, rows, abi)`."""
     outputs = _outputs(x, planes, biases, scheme, rows)
     if outputs is None:
-        return as_it_is(torch.ops.fxquant.linear.default, x, planes, biases, scheme, rows, abi)
+        return as_it_is(torch.ops.fxquant.linear_forward.default, x, planes, biases, scheme, rows, abi)
     return outputs[0] if len(outputs) == 1 else side_by_side(outputs)
 
 
