@@ -2,8 +2,9 @@
 
     python tests/benchmarks/linear_speed.py [--rows 1 4 16 64] [--shape 4096 4096] [--json FILE] [--plot FILE.png]
 
-bfloat16 inputs. Every method runs once in every round, in turn the first, each on the next of so many copies of its
-weight that they take 128 MB together, so that other load meets all of them and no cache holds them. Ratios are to the
+bfloat16 inputs. Every method is timed once in every round, in turn the first, each on the next of so many copies of its
+weight that they take 128 MB together, right after it ran on another one: other load meets all of them, and caches hold
+their code, as in a model, but not their weights. Ratios are to the
 fastest rival of the same round (of the same numbers of rows): their median, least and most. GB/s are bytes of the
 weight as it is stored, beside what torch reads in the same rounds. Before any ratio is printed, what a method gives is
 compared with float64. Schemes that quantize activations are another class of accuracy: they have tables of their own,
