@@ -4,8 +4,9 @@
 
 Ratios are of oneDNN's bfloat16 product of a packed weight, which is what Inductor makes of a frozen model, to
 `fxquant::linear`, both once in every round on the next of several copies of their weights, behind a run on another one:
-medians, least and most. What the op gives is compared with float64 before. Rows whose median is below 0.9 are marked, and the exit code is 1 if
-one of them is not in `LISTED` with the reason. `--all` takes every scheme with every shape and every number of rows.
+medians, least and most. What the op gives is compared with float64 before. Rows whose median is below 0.9 are marked,
+and the exit code is 1 if one of them is not in `LISTED` with the reason. `--all` takes every scheme with every shape
+and every number of rows.
 """
 
 from __future__ import annotations
