@@ -1,6 +1,7 @@
 // Products of few rows with planes: rows of x are sorted by expert, and rows of the weight decoded where they are
 // multiplied. Every number is made by one thread, by the same steps whichever it is.
 
+#include <algorithm>
 #include <vector>
 
 namespace {
@@ -28,13 +29,16 @@ template <class K> void multiply(const Product& job) {
     const Slots slots(job);
     const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
     const int64_t chunks = (job.rows + K::AT_ONCE - 1) / K::AT_ONCE, tasks = slots.experts.size() * chunks;
+    // In a row, since what is read ahead of a task is that of the next; and several times for each thread, since one may
+    // be kept from its work.
+    const int64_t together = std::max<int64_t>(tasks / (4 * job.threads), 1);
     Buffer<float> x(inputs * width);
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < inputs; i++) kernel.spread(i, x.data + i * width);
         typename K::Scratch scratch(kernel.room);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, together)
         for (int64_t t = 0; t < tasks; t++) {
             const int64_t i = t / chunks, row = t % chunks * K::AT_ONCE, start = slots.starts[i];
             const int64_t last = (row + K::AT_ONCE < job.rows ? row + K::AT_ONCE : job.rows) - 1;
