@@ -74,7 +74,7 @@ def report(
         }
         middle = statistics.median(ratios)
         numbers = [f"{v:.2f}" for v in (middle, min(ratios), max(ratios), *medians.values())]
-        line = {"rows": rows, "method": method.name, "rival": method.rival, "seconds": method.seconds}
+        line = {"rows": rows, "method": method.name, "rival": method.rival, "seconds": list(method.seconds)}
         line |= {"ratio": middle, "ratios": medians}
         if reading:
             rate = method.nbytes / statistics.median(method.seconds)
