@@ -58,7 +58,7 @@ def linear_again(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor | None:
     """`fxquant::linear`, where `remember_linear` was told of it; else None."""
-    if type(x) is not Tensor or not x.is_contiguous():
+    if type(x) is not Tensor or not x.is_cpu or not x.is_contiguous():
         return None
     k = x.shape[-1]
     call = _call((*planes, *biases), scheme, x.dtype, k, tuple(rows), len(biases))
@@ -117,7 +117,7 @@ def gated_experts_again(
     x: Tensor, ids: Tensor, weights: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], *what: Any
 ) -> Tensor | None:
     """`fxquant::gated_experts` for a few tokens, where `remember_gated_experts` was told of it; else None."""
-    if type(x) is not Tensor or ids.dtype is not torch.int64:
+    if type(x) is not Tensor or ids.dtype is not torch.int64 or not (x.is_cpu and ids.is_cpu and weights.is_cpu):
         return None
     if not (x.is_contiguous() and ids.is_contiguous() and weights.is_contiguous() and ids.shape == weights.shape):
         return None
