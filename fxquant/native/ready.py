@@ -10,7 +10,7 @@ import ctypes
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,32 @@ _WHAT = operator.attrgetter("shape", "dtype")
 _ANY_ROWS = 1 << 62
 
 
-class Call:
+class Known(NamedTuple):
     """All of a product but its input."""
 
-    __slots__ = ("address", "columns", "count", "held", "most", "run", "weights")
+    run: Any
+    """The compiled function."""
+    address: int
+    """Of its first argument."""
+    held: Any
+    """What lies there, and what is pointed to from there."""
+    weights: int
+    """Numbers of codes; of several weights, those of the one with the fewest."""
+    most: int
+    """Rows of the input, or slots."""
+    products: int = 1
+    columns: int = 0
+    """Of the result."""
+
+
+class Call:
+    """What is known of one product, once it is: in one piece, so that threads see all of it or nothing."""
+
+    __slots__ = ("known",)
+    known: Known | None
 
     def __init__(self) -> None:
-        self.run: Any = None
-        """The compiled function, once it is known what to call it with."""
-        self.held: Any = None
-        """What the address belongs to, and what is pointed to there."""
-        self.address = self.count = self.columns = self.most = self.weights = 0
+        self.known = None
 
 
 @functools.lru_cache(maxsize=8192)
@@ -61,14 +76,14 @@ def linear_again(
     if type(x) is not Tensor or not x.is_cpu or not x.is_contiguous():
         return None
     k = x.shape[-1]
-    call = _call((*planes, *biases), scheme, x.dtype, k, tuple(rows), len(biases))
-    if call.run is None or call.weights < smallest():
+    known = _call((*planes, *biases), scheme, x.dtype, k, tuple(rows), len(biases)).known
+    if known is None or known.weights < smallest():
         return None
     count = x.numel() // k
-    if not 0 < count <= call.most:
+    if not 0 < count <= known.most:
         return None
-    y = x.new_empty((*x.shape[:-1], call.columns))
-    call.run(call.address, call.count, x.data_ptr(), y.data_ptr(), count, torch.get_num_threads())
+    y = x.new_empty((*x.shape[:-1], known.columns))
+    known.run(known.address, known.products, x.data_ptr(), y.data_ptr(), count, torch.get_num_threads())
     return y
 
 
@@ -91,9 +106,10 @@ def remember_linear(
         parts: the planes of each weight by name.
     """
     built, parsed, k = library(), Scheme.parse(scheme), x.shape[-1]
+    call = _call((*planes, *biases), scheme, x.dtype, k, tuple(rows), len(biases))
     given = [bias if bias.numel() else None for bias in biases] or [None] * len(parts)
     same = parsed.activation is not None or all(bias is None or bias.dtype == x.dtype for bias in given)
-    if built is None or parsed.columns or not same or type(x) is not Tensor:
+    if call.known or built is None or parsed.columns or not same or type(x) is not Tensor:
         return
     jobs = [job_of(p, parsed, n, k, None, x, bias) for p, n, bias in zip(parts, rows, given, strict=True)]
     found = [job for job in jobs if job is not None]
@@ -105,11 +121,11 @@ def remember_linear(
         job.x_stride, job.y_stride = k, sum(rows)
         fill_bias(job, bias)
         held[i] = job
-    call = _call((*planes, *biases), scheme, x.dtype, k, tuple(rows), len(biases))
-    call.address, call.count, call.columns = ctypes.addressof(held), len(found), sum(rows)
-    call.most = _ANY_ROWS if parsed.activation else built.fxquant_most_rows(DTYPES[x.dtype])
-    call.weights = min(part["codes"].numel() for part in parts)
-    call.held, call.run = (held, [job.held for job in found]), built.fxquant_linear
+    most = _ANY_ROWS if parsed.activation else built.fxquant_most_rows(DTYPES[x.dtype])
+    fewest = min(part["codes"].numel() for part in parts)
+    pointed_to = held, [job.held for job in found]
+    address = ctypes.addressof(held)
+    call.known = Known(built.fxquant_linear, address, pointed_to, fewest, most, len(found), sum(rows))
 
 
 @not_traced
@@ -121,14 +137,15 @@ def gated_experts_again(
         return None
     if not (x.is_contiguous() and ids.is_contiguous() and weights.is_contiguous() and ids.shape == weights.shape):
         return None
-    call = _call((*first, *second), x.dtype, weights.dtype, x.dim(), x.shape[-1], ids.shape[-1], len(first), what)
+    whole = x.dtype, weights.dtype, x.dim(), x.shape[-1], ids.shape[-1], len(first), what
+    known = _call((*first, *second), *whole).known
     slots = ids.numel()
     # No expert can have more rows than there are slots.
-    if call.run is None or call.weights < smallest() or not 0 < slots <= call.most or len(ids) != len(x):
+    if known is None or known.weights < smallest() or not 0 < slots <= known.most or len(ids) != len(x):
         return None
     y = x.new_empty(x.shape)
     threads = torch.get_num_threads()
-    call.run(call.address, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), y.data_ptr(), slots, threads)
+    known.run(known.address, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), y.data_ptr(), slots, threads)
     return y
 
 
@@ -139,7 +156,8 @@ def remember_gated_experts(
     built = library()
     if built is None or type(x) is not Tensor:
         return
-    call = _call((*first, *second), x.dtype, weights.dtype, x.dim(), x.shape[-1], ids.shape[-1], len(first), what)
-    call.address, call.most = ctypes.addressof(job), built.fxquant_most_rows(DTYPES[x.dtype])
-    call.weights = first[0].numel()
-    call.held, call.run = job, built.fxquant_gated_experts_of
+    whole = x.dtype, weights.dtype, x.dim(), x.shape[-1], ids.shape[-1], len(first), what
+    call = _call((*first, *second), *whole)
+    if call.known is None:
+        run, most = built.fxquant_gated_experts_of, built.fxquant_most_rows(DTYPES[x.dtype])
+        call.known = Known(run, ctypes.addressof(job), job, first[0].numel(), most)
