@@ -155,17 +155,18 @@ def sorted_by_remainder(value: Any, size: int, count: int) -> Any:
     return ir.TensorBox.create(buffer)
 
 
-def once_for(value: Any, make: Callable[[], Any]) -> Any:
-    """What `make` gives for the value of a node, made once in a graph however many nodes read that one.
+def once_for(value: Any, what: object, make: Callable[[], Any]) -> Any:
+    """What `make` gives for the value of a node, made once in a graph however many nodes read that one as `what`.
 
     A node's value is a box around what is there, and `V.graph` lives as long as one graph: read in torch 2.11, 2.13.
     """
     from torch._inductor.virtualized import V
 
-    made: dict[int, Any] = V.graph.__dict__.setdefault("_made_by_fxquant", {})
-    if id(value.data) not in made:
-        made[id(value.data)] = value.data, make()  # the value as well, so that its id stays its own
-    return made[id(value.data)][1]
+    made: dict[Any, Any] = V.graph.__dict__.setdefault("_made_by_fxquant", {})
+    key = id(value.data), what
+    if key not in made:
+        made[key] = value.data, make()  # the value as well, so that its id stays its own
+    return made[key][1]
 
 
 def is_size(size: Any, number: int) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from fxquant.codecs import quantize
+from fxquant.lowering import dispatch, linear
 from fxquant.lowering.dispatch import WAYS, ways
 from fxquant.lowering.formats import format_of
 from fxquant.lowering.shapes import Choice, Shape, Tile, choices, parse, splits, stored
@@ -158,3 +159,24 @@ def test_on_a_cpu_the_op_stays_one_call() -> None:
         y, (code,) = run_and_get_code(torch.compile(fn, options={"fx_graph_cache": False}), x)
         assert code.count("torch.ops.fxquant.linear_forward.default(") == 1
         assert torch.equal(y, fn(x))
+
+
+@pytest.mark.parametrize("spellings", [("int8", "int4-g64"), ("int4-g64", "int8"), ("int4-g64", "int4-g64")])
+def test_readers_of_one_row_have_it_each_in_their_own_order(
+    spellings: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The loops of a GPU's way at one row, compiled for a CPU.
+    way = {"cpu": (dispatch.Span("gemv", (4, 8), (torch.float32,), 1),)}
+    for module in (dispatch, linear):
+        monkeypatch.setattr(module, "WAYS", way)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    planes = [list(quantize(torch.randn(32, 256), Scheme.parse(s)).values()) for s in spellings]
+
+    def fn(x: torch.Tensor) -> list[torch.Tensor]:
+        x = x * 2 + 1
+        return [torch.ops.fxquant.linear(x, p, [], s, [32], ABI) for p, s in zip(planes, spellings, strict=True)]
+
+    x = torch.randn(1, 256)
+    torch._dynamo.reset()
+    for y, wanted in zip(torch.compile(fn, options={"fx_graph_cache": False})(x), fn(x), strict=True):
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)

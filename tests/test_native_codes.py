@@ -25,7 +25,7 @@ SPELLINGS = {
     "uint4-g32-bias+int8": 32, "q4_k+int8": 256, "int4-g128+int8-g64": 128, "int4-g128+int8-static": 128,
     "int8-row+int8": 1, "int8-g128+int8": 128, "int8-g32+int8": 32, "uint8-g64-asym+int8": 64,
     "int2-g32+int8": 32, "int3-g64+int8": 64, "int5-g32+int8": 32, "int6-row+int8": 1, "int8-row+int8-static": 1,
-    "int6-g16+int8-g16": 16,
+    "int6-g16+int8-g16": 16, "int4-g48+int8": 48, "int8-g80-asym+int8": 80, "int4-g192+int8": 192, "int8-g16+int8": 16,
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -111,6 +111,54 @@ def test_codes_that_are_there_give_the_same_bits(spelling: str) -> None:
         step = torch.ops.fxquant.linear_on_codes(x, codes, scales, listed, [bias], spelling, [n], ABI)
     assert torch.equal(whole, made)
     assert torch.equal(step, made)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize(
+    "spelling", ["int4-g128+int8", "int8-row+int8", "uint4-g128+int8", "int8-g32+int8", "int4+int8"]
+)
+def test_products_with_zeros_leave_nothing(spelling: str, rows: int) -> None:
+    scheme, n, k = Scheme.parse(spelling), 9, 1024
+    weight, x = torch.zeros(n, k), torch.randn(rows, k)
+    weight[:, ::16], x[:, ::16] = 1.0, 0.0
+    with native.from_size(0):
+        y = native.linear(x, codecs.quantize(weight, scheme), scheme, n, None)
+    assert y is not None
+    assert not y.any()
+
+
+@pytest.mark.parametrize("spelling", ["int4-g64+int8", "int4-g64+int8-g64", "int8-row+int8-static"])
+def test_codes_lie_anywhere_and_may_be_of_one_token(spelling: str) -> None:
+    scheme, n, k = Scheme.parse(spelling), 70, 256
+    planes, x = planes_of(scheme, n, k), torch.randn(8, k)
+    assert scheme.activation is not None
+    codes, scales = quantize_activation(x, scheme.activation, planes.get("input_scale"))
+    with native.from_size(0):
+        whole = native.linear_on_codes(codes, scales, planes, scheme, n, None, x.dtype)
+        assert whole is not None
+        apart = codes.t().contiguous().t(), scales if scales.dim() == 1 else scales.t().contiguous().t()
+        assert_equal(native.linear_on_codes(*apart, planes, scheme, n, None, x.dtype), whole)
+        one, of_one = quantize_activation(x[3], scheme.activation, planes.get("input_scale"))
+        alone = native.linear_on_codes(one, of_one, planes, scheme, n, None, x.dtype)
+        assert_equal(alone, native.linear(x[3], planes, scheme, n, None))
+        assert_equal(alone, native.linear(x[3:4], planes, scheme, n, None), (n,))
+    large = planes_of(scheme, 512, k)
+    assert native.linear_on_codes(one, of_one, large, scheme, 512, None, x.dtype) is not None, "the weight is large"
+
+
+def assert_equal(found: Tensor | None, wanted: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
+    assert found is not None
+    assert wanted is not None
+    assert torch.equal(found, wanted.view(shape or wanted.shape))
+
+
+def test_a_layer_of_experts_with_static_scales_is_left_to_plain_torch() -> None:
+    scheme, count, inner, k = Scheme.parse("int4-g64+int8-static"), 2, 64, 128
+    first = {name: torch.stack([p] * count) for name, p in planes_of(scheme, 2 * inner, k).items()}
+    second = {name: torch.stack([p] * count) for name, p in planes_of(scheme, k, inner).items()}
+    x, ids, weights = torch.randn(2, k), torch.zeros(2, 1, dtype=torch.int64), torch.rand(2, 1)
+    with native.from_size(0):
+        assert native.gated_experts(x, ids, weights, (first, scheme), (second, scheme), inner, count) is None
 
 
 @pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8", "int3-g64+int8"])

@@ -108,6 +108,9 @@ def test_a_layer_of_experts_starts_the_same_way(monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(AssertionError, match="first time"):
             layer(**wrong)
+    for shape in ((2, 3, 2), (2,)):
+        with pytest.raises(ModelError, match="takes x"):
+            layer(x[:2], torch.zeros(shape, dtype=torch.int64), torch.rand(shape))
     with pytest.raises(ModelError, match="no gradient"):
         layer(x.clone().requires_grad_())
     with pytest.raises(ModelError, match="takes x"):

@@ -58,7 +58,7 @@ def by_field(x: Any, form: Format, numbers: int) -> Any:
             return x
         return sorted_by_remainder(lowered(aten.view, x, [numbers]), numbers, form.per_byte)
 
-    return once_for(x, make)
+    return once_for(x, form.per_byte, make)
 
 
 def _sum(values: Any) -> Any:

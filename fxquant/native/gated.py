@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxquant.native.job import DTYPES
 from fxquant.native.library import serves
-from fxquant.native.matmul import job_of, largest_share, library, takes_ids
+from fxquant.native.matmul import job_of, largest_share, library_for, takes_ids
 from fxquant.native.matmul_job import Gated, fill_input
 from fxquant.native.ready import remember_gated_experts
 from fxquant.scheme import Scheme
@@ -48,14 +48,13 @@ def gated_experts(
         or not takes_ids(x, ids)
         or not 0 < slots <= _MOST_SLOTS
         or not experts
-        or first[1].columns
-        or second[1].columns
+        or any(scheme.columns or (scheme.activation and scheme.activation.static) for _, scheme in (first, second))
     ):
         return None
     if weights.dtype not in DTYPES or weights.shape != ids.shape or not serves(first[0]["codes"], weights):
         return None
     one, two = job_of(*first, 2 * inner, k, experts, x, None), job_of(*second, k, inner, experts, x, None)
-    built = None if one is None or two is None else library()
+    built = None if one is None or two is None else library_for(first[1]) and library_for(second[1])
     if one is None or two is None or built is None:
         return None
     if largest_share(ids, experts) > built.fxquant_most_rows(DTYPES[x.dtype]):

@@ -49,7 +49,7 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     k = x.shape[-1]
     rows = x.numel() // max(k, 1)
     job = job_of(planes, scheme, n, k, None, x, bias)
-    built = None if job is None else _library_for(scheme)
+    built = None if job is None else library_for(scheme)
     if job is None or built is None:
         return None
     if not scheme.activation and rows > built.fxquant_most_rows(DTYPES[x.dtype]):
@@ -77,8 +77,8 @@ def linear_on_codes(
     """`linear` of an x that is quantized already, into the same bits.
 
     Args:
-        codes: int8 `[..., K]`, contiguous.
-        scales: float32 `[..., groups]`, contiguous, or `[1]`.
+        codes: int8 `[..., K]`.
+        scales: float32 `[..., groups]`, or `[1]` of static activations.
         planes: as there.
         scheme: as there; it has the activation that made the codes.
         n: as there.
@@ -87,12 +87,14 @@ def linear_on_codes(
     """
     k = codes.shape[-1]
     y = codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
-    job = job_of(planes, scheme, n, k, None, y, bias) if serves(codes, scales) else None
-    built = None if job is None else _library_for(scheme)
+    job = job_of(planes, scheme, n, k, None, y, bias) if serves(planes["codes"], codes, scales) else None
+    built = None if job is None else library_for(scheme)
     if job is None or built is None:
         return None
-    job.slots = codes.numel() // k
-    fill_codes(job, codes.reshape(-1, k), scales.reshape(-1, scales.shape[-1]) if scales.dim() > 1 else scales, y)
+    rows = codes.reshape(-1, k).contiguous()
+    scales = scales.contiguous()
+    job.slots = len(rows)
+    fill_codes(job, rows, scales, y)
     fill_bias(job, bias)
     if job.slots:
         built.fxquant_multiply(ctypes.byref(job))
@@ -121,7 +123,7 @@ def experts(
         return None
     bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
     job = job_of(planes, scheme, n, k, count, x, bias)
-    built = None if job is None else _library_for(scheme)
+    built = None if job is None else library_for(scheme)
     if job is None or built is None:
         return None
     if not scheme.activation and largest_share(ids, count) > built.fxquant_most_rows(DTYPES[x.dtype]):
@@ -183,7 +185,7 @@ def _run(
     built.fxquant_multiply(ctypes.byref(job))
 
 
-def _library_for(scheme: Scheme) -> ctypes.CDLL | None:
+def library_for(scheme: Scheme) -> ctypes.CDLL | None:
     """The compiled product; None where it cannot be compiled, or the processor has no instructions for codes of x."""
     built = library()
     return None if built is None or (scheme.activation and not built.fxquant_multiplies_codes()) else built

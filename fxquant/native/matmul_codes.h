@@ -23,8 +23,9 @@ struct Codes : Panels {
     const int64_t panels;                // of a row
     const int64_t step, steps;           // columns whose sums are scaled together, and how many such there are
     const int64_t groups;                // of a row of x
-    const int64_t units;                 // of a row of x: codes, sums by step and by block, scales
+    const int64_t units;                 // of a row of x: codes, sums by step and by lane, scales
     const int64_t ahead;                 // rows that FAR bytes are, or a little more
+    const bool fit_registers;            // whether lanes of a panel have one scale each, where codes are decoded in them
 
     static int64_t step_of(const Product& job) {
         int64_t step = PANEL;
@@ -36,18 +37,20 @@ struct Codes : Panels {
     explicit Codes(const Product& j)
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), steps(panels * PANEL / step),
           groups((j.columns + j.x_group - 1) / j.x_group),
-          units((panels * PANEL / 4 + steps + room + groups + LANES - 1) / LANES),
-          ahead((FAR / (bytes * ROWS) + 1) * ROWS) {}
+          units((panels * PANEL / 4 + steps + panels * 2 * LANES + groups + LANES - 1) / LANES),
+          ahead((FAR / (bytes * ROWS) + 1) * ROWS),
+          fit_registers(groups == 1 && (j.bits == 4 || j.bits == 8) &&
+                        (j.block >= j.columns || j.block % PANEL == 0 || PANEL % j.block == 0)) {}
 
     const int32_t* sums_of(const float* x) const { return (const int32_t*)x + panels * PANEL / 4; }
-    const float* block_sums_of(const float* x) const { return x + panels * PANEL / 4 + steps; }
-    const float* scales_of(const float* x) const { return block_sums_of(x) + room; }
+    const int32_t* lane_sums_of(const float* x) const { return sums_of(x) + steps; } // of both halves of a panel
+    const float* scales_of(const float* x) const { return (const float*)lane_sums_of(x) + panels * 2 * LANES; }
 
     // A row of x: its codes, in the order of the panel, their sums, and its scales.
     void spread(int64_t row, float* to) const {
         int8_t* const codes = (int8_t*)to;
         memset(codes, 0, panels * PANEL);
-        float *const of_blocks = to + panels * PANEL / 4 + steps, *const scales = of_blocks + room;
+        float* const scales = (float*)scales_of(to);
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = g * job.x_group, count = std::min(job.x_group, job.columns - first);
             if (job.x_codes == 1) {
@@ -61,8 +64,6 @@ struct Codes : Panels {
             for (int64_t i = 0; i < step; i++) sum += codes[s * step + i];
             sums[s] = sum;
         }
-        memset(of_blocks, 0, room * sizeof(float));
-        for (int64_t s = 0; s < steps; s++) of_blocks[std::min(s * step / job.block, blocks - 1)] += (float)sums[s];
         if (job.bits == 4) // even columns of a panel, then odd ones, as they come out of bytes
             for (int64_t i = 0; i < panels * PANEL; i += PANEL) {
                 const Z a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
@@ -73,6 +74,11 @@ struct Codes : Panels {
                 _mm512_storeu_si512(codes + i, joined(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b)));
                 _mm512_storeu_si512(codes + i + 64, joined(odd(a), odd(b)));
             }
+        int32_t* const lanes = (int32_t*)lane_sums_of(to);
+        for (int64_t i = 0; i < 2 * panels; i++) {
+            const Z sum = _mm512_dpbusd_epi32(Z{}, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i * 64));
+            _mm512_storeu_si512(lanes + i * LANES, sum);
+        }
     }
 
     // Codes of some columns of x, and their scale, as `fxquant.activation_codecs.quantize_activation` makes them.
@@ -103,7 +109,7 @@ struct Codes : Panels {
 
     void run(const Task& task, Scratch& scratch) const {
         load_numbers(task, scratch);
-        if (task.count <= FEW && groups == 1 && (job.bits == 4 || job.bits == 8))
+        if (task.count <= FEW && fit_registers)
             return with_constant<FEW>(task.count, [&](auto tokens) {
                 if (job.bits == 4) few<tokens, true>(task, scratch);
                 else few<tokens, false>(task, scratch);
@@ -124,10 +130,11 @@ struct Codes : Panels {
         for (int64_t row = task.row; row <= task.last; row += ROWS) {
             const int64_t first = row - task.row;
             F sums[ROWS][M];
-            fused<M, NIBBLES>(task, row, xs, scratch.scales.data + first * room, sums);
+            const float *const scales = scratch.scales.data + first * room, *const offsets = scratch.offsets.data + first * room;
+            with_flag(job.zero, [&](auto affine) { fused<M, NIBBLES, affine>(task, row, xs, scales, offsets, sums); });
             for (int m = 0; m < M; m++) {
                 F of_rows[ROWS];
-                for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m] + offsets(xs[m], first + r, scratch);
+                for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m];
                 sum_rows(of_rows, found[m] + first);
             }
         }
@@ -138,24 +145,10 @@ struct Codes : Panels {
         }
     }
 
-    // What the number that code 0 stands for, zeros and biases of a row add to its products, in parts.
-    F offsets(const float* x, int64_t row, const Scratch& scratch) const {
-        const float *const of_x = block_sums_of(x), *const scales = scratch.scales.data + row * room;
-        const float* const offsets = scratch.offsets.data + row * room;
-        F total{};
-        for (int64_t b = 0; b < blocks; b += LANES) {
-            F factor = load(scales + b) * (float)job.low;
-            if (job.zero == 1) factor = (all((float)job.low) - load(offsets + b)) * load(scales + b);
-            if (job.zero == 2) factor = factor + load(offsets + b);
-            total = multiply_add(factor, load(of_x + b), total);
-        }
-        return total;
-    }
-
     // Few rows of x with ROWS of the weight, from `row` to the last one or that one again.
-    template <int M, bool NIBBLES>
+    template <int M, bool NIBBLES, bool AFFINE>
     __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
-                                         F (&sums)[ROWS][M]) const {
+                                         const float* offsets, F (&sums)[ROWS][M]) const {
         constexpr int64_t BYTES = NIBBLES ? PANEL / 2 : PANEL;
         const uint8_t* from[ROWS];
 #pragma GCC unroll 8
@@ -164,7 +157,7 @@ struct Codes : Panels {
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) sums[r][m] = F{};
         }
-        const Z low = _mm512_set1_epi8(15), flip = this->flip();
+        const Z low = _mm512_set1_epi8(15), flip = this->flip(), smallest = _mm512_set1_epi32(job.low);
         const int64_t later = task.later(row, ahead);
         const int64_t per = std::max<int64_t>(PANEL / job.block, 1);                    // blocks of a panel
         const U lanes = (as<U>(lane_numbers()) * (uint32_t)(NIBBLES ? 8 : 4)) / (uint32_t)std::min(job.block, PANEL);
@@ -186,20 +179,32 @@ struct Codes : Panels {
                         const Z codes = part(0);
                         a = _mm512_and_si512(codes, low), b = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
                     } else a = _mm512_xor_si512(part(0), flip), b = _mm512_xor_si512(part(64), flip);
-                    const float* const first = scales + r * room + block;
+                    // Of a half of the panel, or of all of it: what the lanes have of scales, zeros and biases.
+                    const auto number = [&](const float* numbers, int half) {
+                        const float* const first = numbers + r * room + block;
+                        return per == 1 ? all(*first) : look_up_low(load(first), lanes + (uint32_t)(half * per / 2));
+                    };
+                    const auto add = [&](F& to, Z sum, Z of_x, int half) __attribute__((always_inline)) {
+                        F value = (F)_mm512_cvtepi32_ps(sum);
+                        const F codes = (F)_mm512_cvtepi32_ps(of_x);
+                        if (AFFINE && job.zero == 1) value = negative_multiply_add(number(offsets, half), codes, value);
+                        to = multiply_add(value, number(scales, half), to);
+                        if (AFFINE && job.zero == 2) to = multiply_add(number(offsets, half), codes, to);
+                    };
 #pragma GCC unroll 8
                     for (int m = 0; m < M; m++) {
                         const Z* const x = (const Z*)xs[m] + 2 * panel;
+                        const int32_t* const of_lanes = lane_sums_of(xs[m]) + panel * 2 * LANES;
+                        const Z one = _mm512_loadu_si512(of_lanes), two = _mm512_loadu_si512(of_lanes + LANES);
                         if (NIBBLES || per == 1) {
-                            const Z sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Z{}, a, x[0]), b, x[1]);
-                            const F scale = per == 1 ? all(*first) : look_up_low(load(first), lanes);
-                            sums[r][m] = multiply_add((F)_mm512_cvtepi32_ps(sum), scale, sums[r][m]);
+                            const Z of_x = _mm512_add_epi32(one, two);
+                            Z sum = _mm512_mullo_epi32(of_x, smallest);
+                            add_products(sum, a, x[0]), add_products(sum, b, x[1]);
+                            add(sums[r][m], sum, of_x, 0);
                         } else { // each half has blocks of its own
-                            const F scale = load(first), one = look_up_low(scale, lanes);
-                            const F two = look_up_low(scale, lanes + (uint32_t)(per / 2));
-                            const Z sum = _mm512_dpbusd_epi32(Z{}, a, x[0]), other = _mm512_dpbusd_epi32(Z{}, b, x[1]);
-                            sums[r][m] = multiply_add((F)_mm512_cvtepi32_ps(sum), one, sums[r][m]);
-                            sums[r][m] = multiply_add((F)_mm512_cvtepi32_ps(other), two, sums[r][m]);
+                            Z sum = _mm512_mullo_epi32(one, smallest), other = _mm512_mullo_epi32(two, smallest);
+                            add_products(sum, a, x[0]), add_products(other, b, x[1]);
+                            add(sums[r][m], sum, one, 0), add(sums[r][m], other, two, 1);
                         }
                     }
                 }

@@ -150,9 +150,13 @@ def fill_bias(job: Product, bias: Tensor | None) -> None:
 
 
 def fill_codes(job: Product, codes: Tensor, scales: Tensor, y: Tensor) -> None:
-    """Rows of codes of x, int8 `[rows, K]`, contiguous, instead of x, and their scales `[rows, groups]` or `[1]`."""
+    """Rows of codes of x, int8 `[rows, K]`, instead of x, and their scales `[rows, groups]`, or `[1]` of all of them.
+
+    All are contiguous.
+    """
+    every = job.x_codes == _MADE_AT
     job.x, job.x_stride, job.x_codes = codes.data_ptr(), codes.stride(0), _GIVEN
-    job.x_scales, job.x_scales_stride = scales.data_ptr(), scales.stride(0) if scales.dim() > 1 else 0
+    job.x_scales, job.x_scales_stride = scales.data_ptr(), 0 if every else scales.shape[-1]
     job.y, job.y_stride, job.dtype = y.data_ptr(), job.rows, DTYPES[y.dtype]
 
 

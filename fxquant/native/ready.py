@@ -135,9 +135,11 @@ def gated_experts_again(
     """`fxquant::gated_experts` for a few tokens, where `remember_gated_experts` was told of it; else None."""
     if type(x) is not Tensor or ids.dtype is not torch.int64 or not (x.is_cpu and ids.is_cpu and weights.is_cpu):
         return None
+    if x.dim() != 2 or ids.dim() != 2:
+        return None
     if not (x.is_contiguous() and ids.is_contiguous() and weights.is_contiguous() and ids.shape == weights.shape):
         return None
-    whole = x.dtype, weights.dtype, x.dim(), x.shape[-1], ids.shape[-1], len(first), what
+    whole = x.dtype, weights.dtype, x.shape[-1], ids.shape[-1], len(first), what
     known = _call((*first, *second), *whole).known
     slots = ids.numel()
     # No expert can have more rows than there are slots.
@@ -156,7 +158,7 @@ def remember_gated_experts(
     built = library()
     if built is None or type(x) is not Tensor:
         return
-    whole = x.dtype, weights.dtype, x.dim(), x.shape[-1], ids.shape[-1], len(first), what
+    whole = x.dtype, weights.dtype, x.shape[-1], ids.shape[-1], len(first), what
     call = _call((*first, *second), *whole)
     if call.known is None:
         run, most = built.fxquant_gated_experts_of, built.fxquant_most_rows(DTYPES[x.dtype])
