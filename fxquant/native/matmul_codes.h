@@ -163,6 +163,17 @@ struct Codes : Panels {
         const U lanes = (as<U>(lane_numbers()) * (uint32_t)(NIBBLES ? 8 : 4)) / (uint32_t)std::min(job.block, PANEL);
         for (int64_t panel = 0; panel < panels; panel++) {
             const int64_t at = panel * BYTES, block = panel * PANEL / job.block;
+            const auto of_lanes = [&](int m, int half) { // sums of x
+                return _mm512_loadu_si512(lane_sums_of(xs[m]) + (panel * 2 + half) * LANES);
+            };
+            const bool apart = !NIBBLES && per > 1; // each half has blocks of its own
+            Z starts[M], other_starts[M];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const Z one = of_lanes(m, 0), two = of_lanes(m, 1);
+                starts[m] = _mm512_mullo_epi32(apart ? one : _mm512_add_epi32(one, two), smallest);
+                if (!NIBBLES) other_starts[m] = _mm512_mullo_epi32(two, smallest);
+            }
             const auto product = [&](auto whole) __attribute__((always_inline)) {
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
@@ -184,27 +195,31 @@ struct Codes : Panels {
                         const float* const first = numbers + r * room + block;
                         return per == 1 ? all(*first) : look_up_low(load(first), lanes + (uint32_t)(half * per / 2));
                     };
-                    const auto add = [&](F& to, Z sum, Z of_x, int half) __attribute__((always_inline)) {
-                        F value = (F)_mm512_cvtepi32_ps(sum);
-                        const F codes = (F)_mm512_cvtepi32_ps(of_x);
-                        if (AFFINE && job.zero == 1) value = negative_multiply_add(number(offsets, half), codes, value);
-                        to = multiply_add(value, number(scales, half), to);
-                        if (AFFINE && job.zero == 2) to = multiply_add(number(offsets, half), codes, to);
+                    const F scale[2] = {number(scales, 0), apart ? number(scales, 1) : F{}};
+                    F offset[2] = {};
+                    if (AFFINE) offset[0] = number(offsets, 0), offset[1] = apart ? number(offsets, 1) : F{};
+                    const auto add = [&](int m, Z sum, int half) __attribute__((always_inline)) {
+                        F value = (F)_mm512_cvtepi32_ps(sum), codes{};
+                        if (AFFINE) {
+                            const Z mine = of_lanes(m, half);
+                            codes = (F)_mm512_cvtepi32_ps(apart ? mine : _mm512_add_epi32(mine, of_lanes(m, 1)));
+                        }
+                        if (AFFINE && job.zero == 1) value = negative_multiply_add(offset[half], codes, value);
+                        sums[r][m] = multiply_add(value, scale[half], sums[r][m]);
+                        if (AFFINE && job.zero == 2) sums[r][m] = multiply_add(offset[half], codes, sums[r][m]);
                     };
 #pragma GCC unroll 8
                     for (int m = 0; m < M; m++) {
                         const Z* const x = (const Z*)xs[m] + 2 * panel;
-                        const int32_t* const of_lanes = lane_sums_of(xs[m]) + panel * 2 * LANES;
-                        const Z one = _mm512_loadu_si512(of_lanes), two = _mm512_loadu_si512(of_lanes + LANES);
-                        if (NIBBLES || per == 1) {
-                            const Z of_x = _mm512_add_epi32(one, two);
-                            Z sum = _mm512_mullo_epi32(of_x, smallest);
-                            add_products(sum, a, x[0]), add_products(sum, b, x[1]);
-                            add(sums[r][m], sum, of_x, 0);
-                        } else { // each half has blocks of its own
-                            Z sum = _mm512_mullo_epi32(one, smallest), other = _mm512_mullo_epi32(two, smallest);
-                            add_products(sum, a, x[0]), add_products(other, b, x[1]);
-                            add(sums[r][m], sum, one, 0), add(sums[r][m], other, two, 1);
+                        Z sum = starts[m];
+                        add_products(sum, a, x[0]);
+                        if (apart) {
+                            Z other = other_starts[m];
+                            add_products(other, b, x[1]);
+                            add(m, sum, 0), add(m, other, 1);
+                        } else {
+                            add_products(sum, b, x[1]);
+                            add(m, sum, 0);
                         }
                     }
                 }
