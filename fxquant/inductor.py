@@ -70,12 +70,13 @@ def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
 def not_traced(function: Callable[..., T]) -> Callable[..., T]:
     """The same function, whose own frame Dynamo does not look into; those of what it calls, it does.
 
-    Unlike with `torch.compiler.disable(recursive=False)` a call of it takes no more time.
-    `torch._dynamo.decorators.skip(fn)`: read in torch 2.11, 2.13.
+    Unlike with `torch.compiler.disable(recursive=False)` a call of it takes no more time, and Dynamo is not imported.
+    `torch._dynamo.eval_frame.skip_code(code)`, whose three parts in C++ have been the same in torch 2.11 and 2.13.
     """
-    from torch._dynamo.decorators import skip
-
-    return skip(function)
+    frames: Any = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:

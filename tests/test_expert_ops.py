@@ -205,9 +205,9 @@ def test_each_expert_is_decoded_or_not_by_its_own_rows(spelling: str, monkeypatc
     if matmul.library() is None:
         pytest.skip("no C++ compiler")
     planes, weights = stack(spelling, 5, 16, 64)
-    ids = torch.full((400, 1), 2)
-    ids[::20, 0] = torch.arange(20) % 7 - 1
-    x, bias, decoded = torch.randn(400, 64), torch.randn(5, 16), []
+    ids = torch.full((2000, 1), 2)
+    ids[::100, 0] = torch.arange(20) % 7 - 1
+    x, bias, decoded = torch.randn(2000, 64), torch.randn(5, 16), []
     original = ExpertWeights.one
 
     def spied(self: ExpertWeights, e: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxquant.api import capture
 from fxquant.errors import RewriteError
 from fxquant.listing import op_name
+from fxquant.ops import ABI
 from fxquant.passes import DropNoops
 from fxquant.patterns import Match, Op
 from fxquant.rewrite import Editor, Miss, Pass, rewrite
@@ -127,7 +128,7 @@ def test_quantized_calls_are_checked_against_their_scheme() -> None:
             return Op("silu", "x")
 
         def rewrite(self, edit: Editor, match: Match) -> fx.Node:
-            node = edit.gm.graph.call_function(torch.ops.fxquant.linear.default, (match["x"], [], [], "int8", [8], 1))
+            node = edit.gm.graph.call_function(torch.ops.fxquant.linear.default, (match["x"], [], [], "int8", [8], ABI))
             return node
 
     gm, _, _ = captured()
