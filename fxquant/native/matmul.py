@@ -30,9 +30,10 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     """`x @ W.T + bias` for the weight that planes hold, where that is faster than to decode all of it first.
 
     W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
-    are in float32, rounded once; where x is quantized, sums of products of codes under one scale are exact. With few
-    rows of x, each row of the result depends on its own alone, and not on the number of threads. With many, in a dtype
-    that the processor has no instructions for, W is decoded as a whole, and the product is torch's, in float32.
+    are in float32, rounded once. Where x is quantized, products of codes are added up as integers, exactly, over up to
+    128 columns under one scale. Nothing depends on the number of threads; with few rows of an x that is not quantized,
+    up to 15, each row of the result depends on its own alone. With many, in a dtype that the processor has no
+    instructions for, W is decoded as a whole, and the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.

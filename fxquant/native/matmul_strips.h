@@ -1,7 +1,7 @@
 // Strips: 128 weights of 4 bits in a row, decoded into 8 vectors. Lane l has the 8 columns from 8 l on, which are 4
-// bytes, so that their fields are the lowest bits of words that begin a byte apart, or are 4 bits further up. Products
-// are scaled where a block or a strip ends, and not weight by weight. For schemes without zeros. A sum has 16 parts,
-// one per lane, each in the order of the strips: other rows of x change no bit.
+// bytes, so that their fields are the lowest bits of words that begin a byte apart, or are 4 bits further up. Where a
+// strip has one scale, the table is scaled; where it has several, products are when it ends. For schemes without zeros.
+// A sum has 16 parts, one per lane, each in the order of the strips: other rows of x change no bit.
 
 #ifdef FXQUANT_AVX512
 
