@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t STREAM = 1 << 18; // bytes, that are long enough
+
 struct Slots {
     std::vector<int64_t> order, starts; // slots by expert; of each expert with any, and of what is behind the last
     std::vector<int64_t> experts;       // those with slots
@@ -24,28 +26,45 @@ struct Slots {
     }
 };
 
+// Rows that a thread takes at a time: long streams; but all of them several times for each thread, since one may be kept
+// from its work.
+int64_t span_of(const Product& job, int64_t experts) {
+    const int64_t most = STREAMS * STREAM / std::max<int64_t>(job.codes_stride, 1);
+    const int64_t each = job.threads == 1 ? most : std::min(most, experts * job.rows / (4 * job.threads));
+    return std::max<int64_t>(each / AT_ONCE, 1) * AT_ONCE;
+}
+
+// Rows from the first to the last, AT_ONCE at a time: of streams or, with kernels that need no streams, one behind another.
+template <class K> void run_span(const K& kernel, Task& task, typename K::Scratch& scratch) {
+    const bool streams = K::reads_in_streams(task.job);
+    task.apart = streams ? (task.last - task.first + STREAMS) / STREAMS : EACH;
+    const int64_t end = streams ? task.first + task.apart : task.last + 1, step = streams ? EACH : AT_ONCE;
+    for (; task.first < end; task.first += step) {
+        task.each = std::min(EACH, end - task.first);
+        const int64_t behind = task.last + 1 < task.job.rows ? task.last + 1 - task.first : 0;
+        task.later = task.first + step < end ? step : behind;
+        kernel.run(task, scratch);
+    }
+}
+
 template <class K> void multiply(const Product& job) {
     const K kernel(job);
     const Slots slots(job);
     const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
-    const int64_t chunks = (job.rows + K::AT_ONCE - 1) / K::AT_ONCE, tasks = slots.experts.size() * chunks;
-    // In a row, since what is read ahead of a task is that of the next; and several times for each thread, since one may
-    // be kept from its work.
-    const int64_t together = std::max<int64_t>(tasks / (4 * job.threads), 1);
+    const int64_t span = span_of(job, slots.experts.size()), spans = (job.rows + span - 1) / span;
+    const int64_t tasks = slots.experts.size() * spans;
     Buffer<float> x(inputs * width);
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < inputs; i++) kernel.spread(i, x.data + i * width);
         typename K::Scratch scratch(kernel.room);
-#pragma omp for schedule(dynamic, together)
+#pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < tasks; t++) {
-            const int64_t i = t / chunks, row = t % chunks * K::AT_ONCE, start = slots.starts[i];
-            const int64_t last = (row + K::AT_ONCE < job.rows ? row + K::AT_ONCE : job.rows) - 1;
-            const int64_t* const mine = slots.order.data() + start;
-            const int64_t next = i + 1 < (int64_t)slots.experts.size() ? slots.experts[i + 1] : -1;
-            const Task task{job, slots.experts[i], row, last, mine, slots.starts[i + 1] - start, x.data, width, next};
-            kernel.run(task, scratch);
+            const int64_t i = t / spans, first = t % spans * span, last = std::min(first + span, job.rows) - 1;
+            const int64_t* const mine = slots.order.data() + slots.starts[i];
+            Task task{job, slots.experts[i], first, 0, last, 0, 0, mine, slots.starts[i + 1] - slots.starts[i], x.data, width};
+            run_span(kernel, task, scratch);
         }
     }
 }

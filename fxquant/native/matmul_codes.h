@@ -18,14 +18,14 @@ inline void add_products(Z& sum, Z w, Z x) { asm("vpdpbusd %2, %1, %0" : "+v"(su
 struct Codes : Panels {
     static constexpr int FEW = 4;         // rows of x with which codes are decoded in registers
     static constexpr int64_t PANEL = 128; // columns
-    static constexpr int64_t NEAR = 512, FAR = 8192; // as in `Strips`, in bytes
 
     const int64_t panels;                // of a row
     const int64_t step, steps;           // columns whose sums are scaled together, and how many such there are
     const int64_t groups;                // of a row of x
     const int64_t units;                 // of a row of x: codes, sums by step and by lane, scales
-    const int64_t ahead;                 // rows that FAR bytes are, or a little more
     const bool fit_registers;            // whether lanes of a panel have one scale each, where codes are decoded in them
+
+    static bool reads_in_streams(const Product& job) { return job.slots <= FEW * (job.ids ? job.experts : 1); }
 
     static int64_t step_of(const Product& job) {
         int64_t step = PANEL;
@@ -38,7 +38,6 @@ struct Codes : Panels {
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), steps(panels * PANEL / step),
           groups((j.columns + j.x_group - 1) / j.x_group),
           units((panels * PANEL / 4 + steps + panels * 2 * LANES + groups + LANES - 1) / LANES),
-          ahead((FAR / (bytes * ROWS) + 1) * ROWS),
           fit_registers(groups == 1 && (j.bits == 4 || j.bits == 8) &&
                         (j.block >= j.columns || j.block % PANEL == 0 || PANEL % j.block == 0)) {}
 
@@ -127,25 +126,24 @@ struct Codes : Panels {
         const float* xs[M];
         float found[M][AT_ONCE];
         for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
-        for (int64_t row = task.row; row <= task.last; row += ROWS) {
-            const int64_t first = row - task.row;
+        for (int64_t row = 0; row < task.each; row++) {
             F sums[ROWS][M];
-            const float *const scales = scratch.scales.data + first * room, *const offsets = scratch.offsets.data + first * room;
+            const float *const scales = scratch.scales.data + row * room, *const offsets = scratch.offsets.data + row * room;
             with_flag(job.zero, [&](auto affine) { fused<M, NIBBLES, affine>(task, row, xs, scales, offsets, sums); });
             for (int m = 0; m < M; m++) {
                 F of_rows[ROWS];
                 for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m];
-                sum_rows(of_rows, found[m] + first);
+                sum_rows(of_rows, found[m] + row, EACH);
             }
         }
         for (int m = 0; m < M; m++) {
             const float scale = *scales_of(xs[m]);
             for (float& y : found[m]) y *= scale;
-            task.put(m, task.row, task.last - task.row + 1, found[m]);
+            task.put(m, found[m]);
         }
     }
 
-    // Few rows of x with ROWS of the weight, from `row` to the last one or that one again.
+    // Few rows of x with ROWS of the weight, one of each stream.
     template <int M, bool NIBBLES, bool AFFINE>
     __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
                                          const float* offsets, F (&sums)[ROWS][M]) const {
@@ -153,12 +151,11 @@ struct Codes : Panels {
         const uint8_t* from[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            from[r] = task.codes(std::min(row + r, task.last));
+            from[r] = task.codes(row + r * EACH);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) sums[r][m] = F{};
         }
         const Z low = _mm512_set1_epi8(15), flip = this->flip(), smallest = _mm512_set1_epi32(job.low);
-        const int64_t later = task.later(row, ahead);
         const int64_t per = std::max<int64_t>(PANEL / job.block, 1);                    // blocks of a panel
         const U lanes = (as<U>(lane_numbers()) * (uint32_t)(NIBBLES ? 8 : 4)) / (uint32_t)std::min(job.block, PANEL);
         for (int64_t panel = 0; panel < panels; panel++) {
@@ -179,10 +176,7 @@ struct Codes : Panels {
                 for (int r = 0; r < ROWS; r++) {
                     Z a, b;
 #pragma GCC unroll 2
-                    for (int64_t i = 0; i < BYTES; i += 64) {
-                        __builtin_prefetch(from[r] + later + at + i, 0, 2);
-                        __builtin_prefetch(from[r] + NEAR + at + i, 0, 3);
-                    }
+                    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(from[r] + NEAR + at + i, 0, 3);
                     const auto part = [&](int64_t i) {
                         return whole ? _mm512_loadu_si512(from[r] + at + i) : read_codes(from[r] + at + i, bytes - at - i);
                     };
@@ -192,7 +186,7 @@ struct Codes : Panels {
                     } else a = _mm512_xor_si512(part(0), flip), b = _mm512_xor_si512(part(64), flip);
                     // Of a half of the panel, or of all of it: what the lanes have of scales, zeros and biases.
                     const auto number = [&](const float* numbers, int half) {
-                        const float* const first = numbers + r * room + block;
+                        const float* const first = numbers + r * EACH * room + block;
                         return per == 1 ? all(*first) : look_up_low(load(first), lanes + (uint32_t)(half * per / 2));
                     };
                     const F scale[2] = {number(scales, 0), apart ? number(scales, 1) : F{}};
@@ -245,7 +239,7 @@ struct Codes : Panels {
             float* const total = scratch.totals.data + i * AT_ONCE;
             const float scale = groups == 1 ? *scales_of(xs[i]) : 1.0f;
             for (int64_t r = 0; groups == 1 && r < AT_ONCE; r++) total[r] *= scale;
-            task.put(from + i, task.row, task.last - task.row + 1, total);
+            task.put(from + i, total);
         }
     }
 

@@ -17,6 +17,7 @@ struct Slabs {
     Buffer<float> scales, offsets, slab;
     Buffer<uint8_t> bytes;
     Buffer<float> sums;
+    std::vector<float> found; // `[rows of x, AT_ONCE]`
 
     explicit Slabs(int64_t blocks)
         : scales(SLAB * blocks), offsets(SLAB * blocks), slab(SLAB * STRETCH * LANES), bytes(blocks + 128),
@@ -56,7 +57,6 @@ __attribute__((noinline)) void multiply(const float* slab, const float* const* x
 
 template <class E> struct Kernel {
     using Scratch = Slabs;
-    static constexpr int64_t AT_ONCE = CHUNK;
 #ifdef FXQUANT_AVX512
     static constexpr int FEW = 4; // rows of x where codes are decoded in registers
 #else
@@ -67,6 +67,8 @@ template <class E> struct Kernel {
     const int64_t units, bytes, whole; // of a row; units that can be read where they are
     const int64_t blocks, per;         // of a row; units of a block
     const int64_t room;                // for numbers of a row
+
+    static bool reads_in_streams(const Product&) { return true; }
 
     explicit Kernel(const Product& j)
         : job(j), element(j), units((j.columns + LANES - 1) / LANES), bytes((j.columns * j.bits + 7) / 8),
@@ -81,25 +83,31 @@ template <class E> struct Kernel {
     template <int M> void few(const Task& task, Scratch& scratch) const {
         const float* xs[M];
         for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
-        float found[M][CHUNK + LANES];
-        for (int64_t r = task.row; r <= task.last; r += ROWS) {
-            F sums[ROWS][M];
-            fused<M>(task.expert, r, task.last, xs, scratch, sums);
-            for (int m = 0; m < M; m++)
-                for (int i = 0; i < ROWS; i++) found[m][r - task.row + i] = sum(sums[i][m]);
-        }
-        for (int m = 0; m < M; m++) task.put(m, task.row, task.last - task.row + 1, found[m]);
+        float found[M][AT_ONCE];
+        for (int64_t first = 0; first < AT_ONCE; first += ROWS * EACH)
+            for (int64_t row = first; row < first + task.each; row++) {
+                F sums[ROWS][M];
+                fused<M>(task, row, xs, scratch, sums);
+                for (int m = 0; m < M; m++)
+                    for (int i = 0; i < ROWS; i++) found[m][row + i * EACH] = sum(sums[i][m]);
+            }
+        for (int m = 0; m < M; m++) task.put(m, found[m]);
     }
 
     void slabs(const Task& task, Scratch& scratch) const {
-        for (int64_t r = task.row; r <= task.last; r += SLAB) {
-            const int64_t n = task.last - r + 1 < SLAB ? task.last - r + 1 : SLAB;
-            for (int64_t i = 0; i < n; i++) load_numbers(task.expert, r + i, i, scratch);
-            for (int64_t from = 0; from < task.count; from += BATCH)
-                batch(task, r, n, from, task.count - from < BATCH ? task.count - from : BATCH, scratch);
+        for (int64_t from = 0; from < task.count; from += BATCH) {
+            const int64_t count = smaller_of(task.count - from, BATCH);
+            scratch.found.resize(count * AT_ONCE);
+            for (int64_t r = 0; r < AT_ONCE; r += SLAB) {
+                const int64_t n = smaller_of(task.rows(r / EACH) - r % EACH, SLAB);
+                for (int64_t i = 0; i < n; i++) load_numbers(task, r + i, i, scratch);
+                if (n > 0) batch(task, r, n, from, count, scratch);
+            }
+            for (int64_t i = 0; i < count; i++) task.put(from + i, scratch.found.data() + i * AT_ONCE);
         }
     }
 
+    // A slab with some rows of x, into what is found for these.
     void batch(const Task& task, int64_t r, int64_t n, int64_t from, int64_t m, Scratch& scratch) const {
         float* const sums = scratch.sums.data;
         memset(sums, 0, SLAB * BATCH * sizeof(F));
@@ -108,7 +116,7 @@ template <class E> struct Kernel {
         const int64_t parts = (m + SOME - 1) / SOME;
         for (int64_t u = 0; u < units; u += STRETCH) {
             const int64_t end = u + STRETCH < units ? u + STRETCH : units;
-            for (int64_t i = 0; i < n; i++) decode(task.expert, r + i, i, u, end, scratch);
+            for (int64_t i = 0; i < n; i++) decode(task, r + i, i, u, end, scratch);
             for (int64_t part = 0; part < parts; part++) {
                 const int64_t a = part * m / parts, b = (part + 1) * m / parts;
                 with_constant<SOME>(b - a, [&](auto size) {
@@ -118,11 +126,8 @@ template <class E> struct Kernel {
                 });
             }
         }
-        for (int64_t j = 0; j < m; j++) {
-            float found[LANES];
-            for (int64_t i = 0; i < n; i++) found[i] = sum(load(sums + (i * BATCH + j) * LANES));
-            task.put(from + j, r, n, found);
-        }
+        for (int64_t j = 0; j < m; j++)
+            for (int64_t i = 0; i < n; i++) scratch.found[j * AT_ONCE + r + i] = sum(load(sums + (i * BATCH + j) * LANES));
     }
 
     // A row of x in float32, in the order of units, with zeros behind the last column.
@@ -137,31 +142,29 @@ template <class E> struct Kernel {
         }
     }
 
-    const uint8_t* codes(int64_t expert, int64_t row) const {
-        return job.codes + expert * job.codes_expert + row * job.codes_stride;
-    }
-
-    void load_numbers(int64_t expert, int64_t row, int64_t i, Scratch& scratch) const {
-        numbers(job.scales, expert, row, blocks, scratch.scales.data + i * room, scratch.bytes.data);
-        if (job.zero) numbers(job.offsets, expert, row, blocks, scratch.offsets.data + i * room, scratch.bytes.data);
+    void load_numbers(const Task& task, int64_t row, int64_t i, Scratch& scratch) const {
+        const auto load = [&](const Level& level, float* to) {
+            numbers(level, task.expert, task.row(row), blocks, to + i * room, scratch.bytes.data);
+        };
+        load(job.scales, scratch.scales.data);
+        if (job.zero) load(job.offsets, scratch.offsets.data);
     }
 
     auto block(const Scratch& scratch, int64_t i, int64_t b) const {
         return element.block(scratch.scales.data[i * room + b], job.zero ? scratch.offsets.data[i * room + b] : 0);
     }
 
-    // Few rows of x with ROWS of the weight, from `row` to `last` or that one again.
+    // Few rows of x with ROWS of the weight, one of each stream, or of some.
     template <int M>
-    __attribute__((noinline)) void fused(int64_t expert, int64_t row, int64_t last, const float* const* xs,
-                                         Scratch& scratch, F (&to)[ROWS][M]) const {
+    __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, Scratch& scratch,
+                                         F (&to)[ROWS][M]) const {
         F sums[ROWS][M];
         const uint8_t* from[ROWS];
         typename E::Block state[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            const int64_t at = row + r < last ? row + r : last;
-            from[r] = codes(expert, at);
-            load_numbers(expert, at, r, scratch);
+            from[r] = task.codes(row + r * EACH);
+            load_numbers(task, row + r * EACH, r, scratch);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) sums[r][m] = F{};
         }
@@ -176,11 +179,9 @@ template <class E> struct Kernel {
                 for (int m = 0; m < M; m++) sums[r][m] = multiply_add(w, x[m], sums[r][m]);
             }
         };
-        // Not beyond the last row: what is there belongs to another expert.
-        const int64_t ahead = row + 3 * ROWS <= job.rows ? 2 * ROWS * job.codes_stride : 0;
         const auto prefetch = [&](int64_t u) __attribute__((always_inline)) { // at most a line
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + ahead + u * E::SPAN, 0, 2);
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + NEAR + u * E::SPAN, 0, 3);
         };
         int64_t u = 0;
         for (int64_t b = 0; b < blocks; b++) {
@@ -212,9 +213,9 @@ template <class E> struct Kernel {
     }
 
     // Some units of a row, into row i of the slab.
-    __attribute__((noinline)) void decode(int64_t expert, int64_t row, int64_t i, int64_t u, int64_t last,
+    __attribute__((noinline)) void decode(const Task& task, int64_t row, int64_t i, int64_t u, int64_t last,
                                           Scratch& scratch) const {
-        const uint8_t* const from = codes(expert, row);
+        const uint8_t* const from = task.codes(row);
         float* to = scratch.slab.data + i * STRETCH * LANES;
         for (int64_t b = u / per; u < last; b++) {
             const auto state = block(scratch, i, b);

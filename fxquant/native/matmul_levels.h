@@ -63,6 +63,12 @@ __attribute__((noinline)) void numbers_of_levels(const Level& level, int64_t exp
     }
 }
 
+// Whether the numbers of rows lie behind each other, without anything between them or above them.
+inline bool in_one_piece(const Level& level, int64_t blocks) {
+    const int64_t bits = level.type == 0 ? 32 : level.type <= 2 ? 16 : level.bits;
+    return level.outer_type == 7 && level.rows == 1 && level.stride * 8 == blocks * bits;
+}
+
 // `[blocks]` of one row of one expert; room for whole vectors behind them, in `bytes` as well.
 inline void numbers(const Level& level, int64_t expert, int64_t row, int64_t blocks, float* to, uint8_t* bytes) {
     if (level.type > 2 || level.outer_type != 7 || level.offset)

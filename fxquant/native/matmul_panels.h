@@ -32,16 +32,15 @@ inline void transpose(Z (&v)[16]) {
 }
 
 struct Panels {
-    static constexpr int64_t AT_ONCE = 64; // rows of a weight
     static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = 6;
     static constexpr int64_t BATCH = 192; // rows of x for which a panel is decoded once
 
     const Product& job;
-    const int64_t bytes, blocks, room; // of a row; the last for its numbers, with a whole vector from any block on
+    const int64_t bytes, blocks, room; // of a row; the last for its numbers
 
     explicit Panels(const Product& j)
         : job(j), bytes((j.columns * j.bits + 7) / 8), blocks((j.columns + j.block - 1) / j.block),
-          room((blocks + LANES - 1) / LANES * LANES + LANES) {}
+          room(room_of(j, blocks)) {}
 
     struct Scratch {
         Buffer<float> scales, offsets; // by row
@@ -50,7 +49,7 @@ struct Panels {
 
         explicit Scratch(int64_t room)
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
-              offsets_by_block(AT_ONCE * room), totals(BATCH * AT_ONCE), bytes(room + 128), words(AT_ONCE * 64),
+              offsets_by_block(AT_ONCE * room), totals(BATCH * AT_ONCE), bytes(EACH * room + 128), words(AT_ONCE * 64),
               panel(AT_ONCE * 64 * sizeof(float)) {}
     };
 
@@ -73,10 +72,10 @@ struct Panels {
 
     // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each.
     void read_words(const Task& task, int v, int64_t column, Z (&words)[16]) const {
-        const int64_t first = column * job.bits / 8, later = task.later(task.row, AT_ONCE);
+        const int64_t first = column * job.bits / 8, later = task.later * job.codes_stride;
         uint8_t copy[64 + 64];
         for (int r = 0; r < LANES; r++) {
-            const uint8_t* const from = task.codes(std::min(task.row + v * LANES + r, task.last)) + first;
+            const uint8_t* const from = task.codes(v * LANES + r) + first;
             if (first % 64 < 8 * job.bits) __builtin_prefetch(from + later, 0, 2);
             if (job.bits == 4 || job.bits == 8) words[r] = read_codes(from, bytes - first);
             else {
@@ -90,12 +89,10 @@ struct Panels {
 
   private:
     void load_numbers(const Task& task, const Level& level, float* to, Scratch& scratch) const {
-        for (int64_t i = 0; i < AT_ONCE; i++) {
-            numbers(level, task.expert, std::min(task.row + i, task.last), blocks, to + i * room, scratch.bytes.data);
-            // Blocks that are not there meet zeros, and must not be NaN.
+        task.numbers(level, blocks, room, to, scratch.bytes.data);
+        // Blocks that are not there meet zeros, and must not be NaN.
+        for (int64_t i = 0; room > blocks && i < AT_ONCE; i++)
             memset(to + i * room + blocks, 0, (room - blocks) * sizeof(float));
-        }
-        task.prefetch_later(level);
     }
 
     void by_block(const float* from, float* to) const {

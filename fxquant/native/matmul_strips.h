@@ -1,6 +1,6 @@
 // Strips: 128 weights of 4 bits in a row, decoded into 8 vectors. Lane l has the 8 columns from 8 l on, which are 4
 // bytes, so that their fields are the lowest bits of words that begin a byte apart, or are 4 bits further up. Where a
-// strip has one scale, the table is scaled; where it has several, products are when it ends. For schemes without zeros.
+// strip has one scale, the table is scaled; where it has several, products are when it ends, in schemes without zeros.
 // A sum has 16 parts, one per lane, each in the order of the strips: other rows of x change no bit.
 
 #ifdef FXQUANT_AVX512
@@ -9,8 +9,8 @@
 
 namespace {
 
-// The sum of each of ROWS vectors: halves are added, then quarters, and so on, as `sum` does it.
-inline void sum_rows(const F* v, float* to) {
+// The sum of each of ROWS vectors, `apart` from each other: halves are added, then quarters, and so on, as `sum` does it.
+inline void sum_rows(const F* v, float* to, int64_t apart) {
     static_assert(ROWS == 4);
     const auto halves = [&](int i) {
         const __m512 a = (__m512)v[i], b = (__m512)v[i + 1];
@@ -19,17 +19,15 @@ inline void sum_rows(const F* v, float* to) {
     const __m512 a = halves(0), b = halves(2);
     const __m512 c = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     const __m512 d = _mm512_add_ps(c, _mm512_permute_ps(c, 0x4e)), e = _mm512_add_ps(d, _mm512_permute_ps(d, 0xb1));
-    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, e)));
+    for (int i = 0; i < ROWS; i++) to[i * apart] = e[4 * i];
 }
 
 // What has a scale of its own: a row, whole strips of it, or parts of strips.
 enum class Scaled { ROWS, STRIPS, PARTS };
 
 struct Strips {
-    static constexpr int64_t AT_ONCE = CHUNK;
     static constexpr int FEW = 5; // rows of x at once
     static constexpr int64_t UNITS = 8, WIDTH = UNITS * LANES, BYTES = WIDTH / 2;
-    static constexpr int64_t NEAR = 4, FAR = 8192; // from memory FAR bytes ahead, and from there NEAR strips ahead
 
     const Product& job;
     const F values;
@@ -37,27 +35,30 @@ struct Strips {
     const int64_t whole; // strips with 3 bytes of the row behind them, which are read as well
     const Scaled scaled;
     const int64_t per, fold; // blocks of a strip; strips whose products are scaled together
-    const int64_t ahead;     // rows that FAR bytes are, or a little more
-    const int64_t room;      // for numbers of a row, of which any strip has a whole vector
+    const int64_t room;      // for numbers of a row
+
+    static bool reads_in_streams(const Product&) { return true; }
 
     static bool takes(const Product& job) {
         const bool whole = job.block >= job.columns || job.block % WIDTH == 0;
-        return job.bits == 4 && job.zero == 0 && (whole || WIDTH % job.block == 0);
+        return job.bits == 4 && (whole || (WIDTH % job.block == 0 && job.zero == 0));
     }
 
     explicit Strips(const Product& j)
         : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * UNITS),
           bytes((j.columns + 1) / 2), blocks((j.columns + j.block - 1) / j.block), whole((bytes - 3) / BYTES),
-          scaled(j.block >= j.columns ? Scaled::ROWS : j.block < WIDTH ? Scaled::PARTS : Scaled::STRIPS),
+          scaled(j.block < std::min(j.columns, WIDTH)      ? Scaled::PARTS
+                 : j.block < j.columns || j.zero ? Scaled::STRIPS
+                                                 : Scaled::ROWS),
           per(scaled == Scaled::PARTS ? WIDTH / j.block : 1), fold(std::max<int64_t>(j.block / WIDTH, 1)),
-          ahead((FAR / (strips * BYTES * ROWS) + 1) * ROWS),
-          room(scaled == Scaled::ROWS ? 1 : (blocks + LANES - 1) / LANES * LANES + LANES) {}
+          room(room_of(j, blocks)) {}
 
     struct Scratch {
-        Buffer<float> scales;
+        Buffer<float> scales, offsets;
         Buffer<uint8_t> bytes;
 
-        explicit Scratch(int64_t room) : scales(CHUNK * room + LANES), bytes(room + 128) {}
+        explicit Scratch(int64_t room)
+            : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), bytes(EACH * room + 128) {}
     };
 
     // A row of x in float32: the first column of every lane, then the second, and so on; zeros behind the last one.
@@ -74,41 +75,38 @@ struct Strips {
     }
 
     void run(const Task& task, Scratch& scratch) const {
-        for (int64_t row = task.row; row <= task.last; row++) {
-            float* const to = scratch.scales.data + (row - task.row) * room;
-            numbers(job.scales, task.expert, row, blocks, to, scratch.bytes.data);
-            // Columns that are not there have scales as well, which must not be NaN.
-            if (scaled == Scaled::PARTS && job.columns % WIDTH) memset(to + blocks, 0, (room - blocks) * sizeof(float));
-        }
-        task.prefetch_later(job.scales);
+        task.numbers(job.scales, blocks, room, scratch.scales.data, scratch.bytes.data);
+        if (job.zero) task.numbers(job.offsets, blocks, room, scratch.offsets.data, scratch.bytes.data);
+        // Columns that are not there have scales as well, which must not be NaN.
+        for (int64_t i = 0; room > blocks && i < AT_ONCE; i++)
+            memset(scratch.scales.data + i * room + blocks, 0, (room - blocks) * sizeof(float));
         const int64_t turns = (task.count + FEW - 1) / FEW;
         for (int64_t turn = 0; turn < turns; turn++) {
             const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
             with_constant<FEW>(next - first, [&](auto m) {
-                if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch.scales.data);
-                else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch.scales.data);
-                else few<m, Scaled::PARTS>(task, first, scratch.scales.data);
+                if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch);
+                else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch);
+                else few<m, Scaled::PARTS>(task, first, scratch);
             });
         }
     }
 
-    template <int M, Scaled SCALED> void few(const Task& task, int64_t first, const float* scales) const {
+    template <int M, Scaled SCALED> void few(const Task& task, int64_t first, const Scratch& scratch) const {
         const float* xs[M];
-        float found[M][CHUNK];
+        float found[M][AT_ONCE];
         for (int m = 0; m < M; m++) xs[m] = task.x_row(first + m);
-        for (int64_t row = task.row; row <= task.last; row += ROWS) {
+        for (int64_t row = 0; row < task.each; row++) {
             F sums[ROWS][M];
-            fused<M, SCALED>(task, row, xs, scales + (row - task.row) * room, sums);
+            fused<M, SCALED>(task, row, xs, scratch.scales.data + row * room, scratch.offsets.data + row * room, sums);
             for (int m = 0; m < M; m++) {
                 F of_rows[ROWS];
                 for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m];
-                sum_rows(of_rows, found[m] + (row - task.row));
+                sum_rows(of_rows, found[m] + row, EACH);
             }
         }
-        const int64_t rows = task.last - task.row + 1;
         for (int m = 0; m < M; m++) {
-            for (int64_t i = 0; SCALED == Scaled::ROWS && i < rows; i++) found[m][i] *= scales[i];
-            task.put(first + m, task.row, rows, found[m]);
+            for (int64_t i = 0; SCALED == Scaled::ROWS && i < AT_ONCE; i++) found[m][i] *= scratch.scales.data[i * room];
+            task.put(first + m, found[m]);
         }
     }
 
@@ -120,16 +118,23 @@ struct Strips {
         return read<U>(copy);
     }
 
-    // Few rows of x with ROWS of the weight, from `row` to the last one or that one again.
+    // What codes stand for in a block of a stream's row.
+    F table(const float* scales, const float* offsets, int r) const {
+        const int64_t at = r * EACH * room;
+        if (job.zero == 0) return values * scales[at];
+        return job.zero == 1 ? (values - offsets[at]) * scales[at] : multiply_add(values, all(scales[at]), all(offsets[at]));
+    }
+
+    // Few rows of x with ROWS of the weight, one of each stream.
     template <int M, Scaled SCALED>
     __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
-                                         F (&to)[ROWS][M]) const {
+                                         const float* offsets, F (&to)[ROWS][M]) const {
         F parts[ROWS][M], sums[ROWS][M], tables[ROWS];
         const uint8_t* from[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            from[r] = task.codes(row + r < task.last ? row + r : task.last);
-            tables[r] = SCALED == Scaled::STRIPS ? values * scales[r * room] : values;
+            from[r] = task.codes(row + r * EACH);
+            tables[r] = SCALED == Scaled::STRIPS ? table(scales, offsets, r) : values;
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) sums[r][m] = parts[r][m] = F{};
         }
@@ -158,7 +163,7 @@ struct Strips {
         const auto scale = [&]() __attribute__((always_inline)) { // where parts of a strip have scales of their own
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
-                const F v = look_up_low(load(scales + r * room), block);
+                const F v = look_up_low(load(scales + r * EACH * room), block);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; m++) sums[r][m] = multiply_add(parts[r][m], v, sums[r][m]), parts[r][m] = F{};
             }
@@ -168,18 +173,14 @@ struct Strips {
         const auto behind = [&]() __attribute__((always_inline)) {
             if (SCALED == Scaled::PARTS) return scale();
             if (SCALED == Scaled::ROWS || --left) return;
-            left = fold, scales++;
+            left = fold, scales++, offsets++;
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) tables[r] = values * scales[r * room];
+            for (int r = 0; r < ROWS; r++) tables[r] = table(scales, offsets, r);
         };
-        const int64_t later = task.later(row, ahead), near = strips > 2 * NEAR ? NEAR * BYTES : ROWS * job.codes_stride;
         int64_t s = 0;
         for (; s < whole; s++) {
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                __builtin_prefetch(from[r] + later + s * BYTES, 0, 2);
-                __builtin_prefetch(from[r] + near + s * BYTES, 0, 3);
-            }
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + NEAR + s * BYTES, 0, 3);
             strip(s, [&](int r, int i) { return read<U>(from[r] + s * BYTES + i); });
             behind();
         }

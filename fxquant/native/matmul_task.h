@@ -7,7 +7,17 @@ constexpr int ROWS = 4; // of a weight at once
 #else
 constexpr int ROWS = 2;
 #endif
-constexpr int64_t CHUNK = 32; // rows of a weight that are one thread's at a time
+constexpr int64_t STREAMS = 4;  // places of a weight at which it is read at once
+constexpr int64_t EACH = 16;    // rows of each that are decoded, or read and scaled, together
+constexpr int64_t AT_ONCE = STREAMS * EACH;
+constexpr int64_t NEAR = 1024;  // bytes that are asked for before they are read
+
+// Floats for the numbers of a row: with whole vectors, and one more, where the columns that kernels read together, 128 at
+// most, may go beyond the row.
+inline int64_t room_of(const Product& job, int64_t blocks) {
+    const bool even = job.columns % 128 == 0 && in_one_piece(job.scales, blocks);
+    return even ? blocks : (blocks + LANES - 1) / LANES * LANES + LANES;
+}
 
 template <class T> struct Buffer {
     std::unique_ptr<T[]> held;
@@ -22,53 +32,63 @@ template <class T> struct Buffer {
 // of the first-level cache.
 inline int64_t spread_width(int64_t units) { return (units * LANES + 1023) / 1024 * 1024 + 272; }
 
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline void store_as(void* to, int dtype, int64_t at, F v, int64_t count) {
     if (dtype == 0) store_some((float*)to + at, v, count);
     else if (dtype == 1) store_some((Bf16*)to + at, v, count);
     else store_some((Fp16*)to + at, v, count);
 }
 
-// Rows of one expert, from `row` to `last`, and the slots that they are multiplied for.
+// AT_ONCE rows of one expert, and the slots that they are multiplied for. They are of four streams, which are as many
+// parts of a span of rows: what the processor reads ahead, it reads ahead well in few places, and on and on in each.
 struct Task {
     const Product& job;
-    int64_t expert, row, last;
+    int64_t expert, first, apart, last; // row 0; from stream to stream; the last row of the span
+    int64_t each;                       // rows of a stream
+    int64_t later;                      // how many rows further on those are that come next; or 0
     const int64_t* slots;
     int64_t count;
     const float* x; // all rows, spread
-    int64_t width; // from row to row
-    int64_t next;  // expert after this one, or -1
+    int64_t width;  // from row to row
 
-    const uint8_t* codes(int64_t at) const {
-        return job.codes + expert * job.codes_expert + at * job.codes_stride;
-    }
+    // Of number i, the first of a stream being 0, EACH, 2 EACH and so on. Rows that are not there are the last one.
+    int64_t row(int64_t i) const { return smaller_of(first + i / EACH * apart + i % EACH, last); }
 
-    // How many bytes further on the codes are that come so many rows behind those of the row; 0 where there are none.
-    int64_t later(int64_t at, int64_t rows) const {
-        if (at + rows + ROWS <= job.rows) return rows * job.codes_stride;
-        return next < 0 ? 0 : (next - expert) * job.codes_expert + (rows - job.rows) * job.codes_stride;
-    }
+    // Rows of a stream that are there.
+    int64_t rows(int64_t stream) const { return smaller_of(each, last - first - stream * apart + 1); }
 
-    // The numbers of the next rows, as many as this task has.
-    void prefetch_later(const Level& level) const {
-        const bool more = last + 1 < job.rows;
-        if (!more && next < 0) return;
-        const uint8_t* const from = numbers_at(level, more ? expert : next, more ? last + 1 : 0);
-        for (int64_t i = 0; i < (last - row + 1) * level.stride; i += 64) __builtin_prefetch(from + i, 0, 2);
+    const uint8_t* codes(int64_t i) const { return job.codes + expert * job.codes_expert + row(i) * job.codes_stride; }
+
+    // The numbers of all rows, `[AT_ONCE, room]`, and a vector; behind the last block of a row may be anything. `bytes` has
+    // room for those of a stream.
+    void numbers(const Level& level, int64_t blocks, int64_t room, float* to, uint8_t* bytes) const {
+        const bool at_once = room == blocks && in_one_piece(level, blocks);
+        for (int64_t stream = 0; stream < STREAMS; stream++, to += EACH * room) {
+            const int64_t here = rows(stream), from = first + stream * apart;
+            if (here <= 0) return;
+            for (int64_t i = 0; i < (at_once ? 1 : here); i++)
+                ::numbers(level, expert, from + i, at_once ? here * blocks : blocks, to + i * room, bytes);
+            const uint8_t* const next = numbers_at(level, expert, smaller_of(from + later, job.rows - 1));
+            for (int64_t i = 0; i < EACH * level.stride; i += 64) __builtin_prefetch(next + i, 0, 2);
+        }
     }
 
     const float* x_row(int64_t i) const { return x + slots[i] / job.picks * width; }
 
-    // Some rows of the result of a slot, from `first` on: with the bias, rounded. What is behind them may be anything.
-    void put(int64_t slot, int64_t first, int64_t rows, const float* from) const {
-        const int64_t at = slots[slot] * job.y_stride + first, bias = expert * job.addend_expert + first;
-        for (int64_t i = 0; i < rows; i += LANES) {
-            const int64_t n = rows - i < LANES ? rows - i : LANES;
-            F v = load(from + i);
-            if (job.addend) v += floats(job.addend, job.addend_type, bias + i, n);
-            store_as(job.y, job.dtype, at + i, v, n);
+    // All rows of the result of a slot: with the bias, rounded.
+    void put(int64_t slot, const float* from) const {
+        for (int64_t stream = 0; stream < STREAMS; stream++) {
+            const int64_t n = rows(stream), row = first + stream * apart;
+            if (n <= 0) return;
+            F v = load(from + stream * EACH);
+            if (job.addend) v += floats(job.addend, job.addend_type, expert * job.addend_expert + row, n);
+            store_as(job.y, job.dtype, slots[slot] * job.y_stride + row, v, n);
         }
     }
 };
+
+static_assert(EACH == LANES);
 
 template <class Function> inline void with_flag(bool flag, const Function& function) {
     if (flag) function(std::true_type{});

@@ -14,6 +14,8 @@ struct Tiles : Panels {
     explicit Tiles(const Product& j)
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), units(panels * PANEL / LANES), table(load(j.values)) {}
 
+    static bool reads_in_streams(const Product&) { return false; }
+
     // With so many rows of x, or fewer, other kernels are faster: the more steps a code takes, the more rows pay for it.
     static int64_t fewest(const Product& job) { return job.bits == 4 ? 15 : job.bits > 4 ? 63 : 127; }
 
@@ -49,7 +51,7 @@ struct Tiles : Panels {
             }
         }
         for (int64_t i = 0; i < count; i++)
-            task.put(from + i, task.row, task.last - task.row + 1, scratch.totals.data + i * AT_ONCE);
+            task.put(from + i, scratch.totals.data + i * AT_ONCE);
     }
 
     // Some rows of x with a panel, added to what there is of them.
