@@ -20,10 +20,12 @@ __all__ = [
     "OpOverload",
     "add_lowering",
     "as_it_is",
+    "called",
     "compile_cpp",
     "compile_graph",
     "constant",
     "from_template",
+    "is_observed",
     "is_size",
     "likely_size",
     "lowered",
@@ -105,6 +107,33 @@ def as_it_is(op: OpOverload, *args: Any) -> Any:
     from torch._inductor.lowering import fallback_handler
 
     return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def called(function: Callable[..., Tensor], op: OpOverload, *args: Any) -> Any:
+    """A call of a function of some module from generated Python, where one of `op` with these arguments would stand.
+
+    The function has to do all that the op does; the dispatcher, which takes longer than some products, is left out.
+    Code that is not Python calls the op. `FallbackKernel.create(op, *args)`, its `codegen(wrapper)`, which takes the
+    name from `python_kernel_name`, and `add_import_once` of the wrapper: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.ir import FallbackKernel, TensorBox
+    from torch._inductor.virtualized import V
+
+    class Call(FallbackKernel):
+        def codegen(self, wrapper: Any) -> None:
+            if not V.graph.cpp_wrapper:
+                name = f"{function.__module__}.{function.__name__}".replace(".", "_")
+                wrapper.add_import_once(f"from {function.__module__} import {function.__name__} as {name}")
+                self.python_kernel_name = name
+            super().codegen(wrapper)
+
+    made: Any = Call.create(op, *args)
+    return TensorBox.create(made)
+
+
+def is_observed() -> bool:
+    """Whether a profiler or a mode wants to see the ops that run: read in torch 2.11, 2.13."""
+    return bool(torch._C._autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack())
 
 
 def constant(tensor: Tensor) -> Any:

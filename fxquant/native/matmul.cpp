@@ -52,14 +52,15 @@ template <class K> void multiply(const Product& job) {
     const Slots slots(job);
     const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
     const int64_t span = span_of(job, slots.experts.size()), spans = (job.rows + span - 1) / span;
-    const int64_t tasks = slots.experts.size() * spans;
+    // In a row, since what is read ahead of a span is that of the next.
+    const int64_t tasks = slots.experts.size() * spans, together = std::max<int64_t>(tasks / (4 * job.threads), 1);
     Buffer<float> x(inputs * width);
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < inputs; i++) kernel.spread(i, x.data + i * width);
         typename K::Scratch scratch(kernel.room);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, together)
         for (int64_t t = 0; t < tasks; t++) {
             const int64_t i = t / spans, first = t % spans * span, last = std::min(first + span, job.rows) - 1;
             const int64_t* const mine = slots.order.data() + slots.starts[i];

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxquant.inductor import not_traced
+from fxquant.inductor import is_observed, not_traced
 from fxquant.native.job import DTYPES
 from fxquant.native.library import smallest
 from fxquant.native.matmul import job_of, library
@@ -87,6 +87,15 @@ def linear_again(
     return y
 
 
+@not_traced
+def linear_in_graph(
+    x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
+) -> Tensor:
+    """`fxquant::linear_forward`, as compiled graphs call it: without the dispatcher, unless somebody listens to it."""
+    found = None if is_observed() else linear_again(x, planes, biases, scheme, rows, abi)
+    return torch.ops.fxquant.linear_forward(x, planes, biases, scheme, rows, abi) if found is None else found
+
+
 def remember_linear(
     x: Tensor,
     planes: Sequence[Tensor],
@@ -149,6 +158,13 @@ def gated_experts_again(
     threads = torch.get_num_threads()
     known.run(known.address, x.data_ptr(), ids.data_ptr(), weights.data_ptr(), y.data_ptr(), slots, threads)
     return y
+
+
+@not_traced
+def gated_experts_in_graph(*args: Any) -> Tensor:
+    """`fxquant::gated_experts`, as compiled graphs call it."""
+    found = None if is_observed() else gated_experts_again(*args)
+    return torch.ops.fxquant.gated_experts(*args) if found is None else found
 
 
 def remember_gated_experts(
