@@ -92,6 +92,24 @@ def test_product_is_that_of_what_codes_stand_for(spelling: str, data: st.DataObj
     check(y, x, planes, scheme, n, bias)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8"])
+def test_a_weight_that_several_spans_of_rows_make_up(spelling: str) -> None:
+    scheme, n, k = Scheme.parse(spelling), 1221, 4096
+    planes = planes_of(scheme, n, k)
+    for rows in (1, 3, 6):
+        x, found = torch.randn(rows, k), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with native.from_size(0):
+                y = native.linear(x, planes, scheme, n, None)
+            assert y is not None
+            found.append(y)
+        check(found[0], x, planes, scheme, n, None)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8-static", "int4-g128-asym+int8-g64"])
 def test_codes_that_are_there_give_the_same_bits(spelling: str) -> None:
     scheme, n, k = Scheme.parse(spelling), 70, 384

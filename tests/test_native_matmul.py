@@ -190,6 +190,22 @@ def test_threads_change_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("spelling", ["int4-g128", "int4-g128-asym", "nf4", "nvfp4", "int8-row", "int3-g64"])
+def test_a_weight_that_several_spans_of_rows_make_up(spelling: str) -> None:
+    scheme, n, k = Scheme.parse(spelling), 1221, 4096
+    planes, bias = random_planes(scheme, n, k), torch.randn(n)
+    weight = decoded(planes, scheme, n, k)
+    for rows in (1, 7, 20):
+        x, found = torch.randn(rows, k), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(product(x, planes, scheme, n, bias))
+        check(found[0], x, weight, bias)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("spelling", ["fp8", "fp8-g64-fp16", "fp8e5m2-tensor"])
 def test_every_pattern_of_a_small_float(spelling: str) -> None:
     scheme = Scheme.parse(spelling)
