@@ -29,12 +29,7 @@ READ = [*QUANTIZED, "uint4-g16-fzero", "uint4-g16-bias", "int3-g24-fzero-fp16", 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if library.library() is None:
-            pytest.skip("no C++ compiler")
+pytestmark = pytest.mark.usefixtures("compiled_codecs")
 
 
 @pytest.fixture

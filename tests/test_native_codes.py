@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -31,19 +29,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        built = matmul.library()
+def multiplied(compiled_products: None) -> None:
+    built = matmul.library()
     if built is None or not built.fxquant_multiplies_codes():
-        pytest.skip("no C++ compiler, or no AVX512-VNNI")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+        pytest.skip("no AVX512-VNNI")
 
 
 def planes_of(scheme: Scheme, n: int, k: int) -> dict[str, Tensor]:

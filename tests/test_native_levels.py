@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from fxquant import codecs, native
 from fxquant.codecs.double import double
-from fxquant.native import library
 from fxquant.scheme import Scheme
 
 OFFSETS = (
@@ -32,19 +30,7 @@ EVERY = (*OFFSETS, *LEVELED, *GLOBAL, *DOUBLE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if library.library() is None:
-            pytest.skip("no C++ compiler")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("compiled_codecs")
 
 
 def empty(scheme: Scheme, n: int, k: int) -> dict[str, Tensor]:

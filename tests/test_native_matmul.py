@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -48,19 +47,7 @@ NOT_COVERED = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if matmul.library() is None:
-            pytest.skip("no C++ compiler")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("compiled_products")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -13,19 +12,13 @@ from torch import Tensor
 
 from fxquant import expert_ops, native
 from fxquant.errors import ModelError
-from fxquant.native import matmul
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
 K, ROWS = 256, (70, 33)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if matmul.library() is None:
-            pytest.skip("no C++ compiler")
+pytestmark = pytest.mark.usefixtures("compiled_products")
 
 
 def planes_of(spelling: str) -> list[list[Tensor]]:

@@ -47,9 +47,9 @@ struct Strips {
     explicit Strips(const Product& j)
         : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * UNITS),
           bytes((j.columns + 1) / 2), blocks((j.columns + j.block - 1) / j.block), whole((bytes - 3) / BYTES),
-          scaled(j.block < std::min(j.columns, WIDTH)      ? Scaled::PARTS
-                 : j.block < j.columns || j.zero ? Scaled::STRIPS
-                                                 : Scaled::ROWS),
+          scaled(j.block < std::min(j.columns, WIDTH) ? Scaled::PARTS
+                 : j.block < j.columns || j.zero      ? Scaled::STRIPS
+                                                      : Scaled::ROWS),
           per(scaled == Scaled::PARTS ? WIDTH / j.block : 1), fold(std::max<int64_t>(j.block / WIDTH, 1)),
           room(room_of(j, blocks)) {}
 
