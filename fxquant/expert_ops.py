@@ -19,7 +19,6 @@ from torch import Tensor
 from fxquant import native
 from fxquant.errors import ModelError
 from fxquant.expert_matmul import PLAIN, ExpertWeights, input_gradient, multiply_experts, weight_gradient
-from fxquant.inductor import not_traced
 from fxquant.lowering import register_experts
 from fxquant.op_registration import define, with_autocast
 from fxquant.ops import ABI
@@ -281,15 +280,7 @@ def _gated_experts_fake(
     return x.new_empty(x.shape)
 
 
-@not_traced
-def _gated_experts_again(
-    x: Tensor, ids: Tensor, weights: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], *what: Any
-) -> Tensor | None:
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-    return None if wanted else native.gated_experts_again(x, ids, weights, first, second, *what[:-1])
-
-
-define(_LIBRARY, gated_experts, _gated_experts_fake, _gated_experts_again)
+define(_LIBRARY, gated_experts, _gated_experts_fake)
 
 __all__ = ["ABI", "experts", "experts_input_grad", "experts_weight_grad", "gated_experts"]
 

@@ -20,16 +20,13 @@ __all__ = [
     "OpOverload",
     "add_lowering",
     "as_it_is",
-    "called",
     "compile_cpp",
     "compile_graph",
     "constant",
     "from_template",
-    "is_observed",
     "is_size",
     "likely_size",
     "lowered",
-    "not_traced",
     "once_for",
     "pytree",
     "realized",
@@ -69,18 +66,6 @@ def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
     return cast(ctypes.CDLL, built)
 
 
-def not_traced(function: Callable[..., T]) -> Callable[..., T]:
-    """The same function, whose own frame Dynamo does not look into; those of what it calls, it does.
-
-    Unlike with `torch.compiler.disable(recursive=False)` a call of it takes no more time, and Dynamo is not imported.
-    `torch._dynamo.eval_frame.skip_code(code)`, whose three parts in C++ have been the same in torch 2.11 and 2.13.
-    """
-    frames: Any = torch._C._dynamo.eval_frame
-    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-    frames.set_code_exec_strategy(function.__code__, skip)
-    return function
-
-
 def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:
     """Let Inductor lower `op` by `lower`, from the moment on at which Inductor itself is imported; before: nothing.
 
@@ -107,33 +92,6 @@ def as_it_is(op: OpOverload, *args: Any) -> Any:
     from torch._inductor.lowering import fallback_handler
 
     return fallback_handler(op, add_to_fallback_set=False)(*args)
-
-
-def called(function: Callable[..., Tensor], op: OpOverload, *args: Any) -> Any:
-    """A call of a function of some module from generated Python, where one of `op` with these arguments would stand.
-
-    The function has to do all that the op does; the dispatcher, which takes longer than some products, is left out.
-    Code that is not Python calls the op. `FallbackKernel.create(op, *args)`, its `codegen(wrapper)`, which takes the
-    name from `python_kernel_name`, and `add_import_once` of the wrapper: read in torch 2.11, 2.13.
-    """
-    from torch._inductor.ir import FallbackKernel, TensorBox
-    from torch._inductor.virtualized import V
-
-    class Call(FallbackKernel):
-        def codegen(self, wrapper: Any) -> None:
-            if not V.graph.cpp_wrapper:
-                name = f"{function.__module__}.{function.__name__}".replace(".", "_")
-                wrapper.add_import_once(f"from {function.__module__} import {function.__name__} as {name}")
-                self.python_kernel_name = name
-            super().codegen(wrapper)
-
-    made: Any = Call.create(op, *args)
-    return TensorBox.create(made)
-
-
-def is_observed() -> bool:
-    """Whether a profiler or a mode wants to see the ops that run: read in torch 2.11, 2.13."""
-    return bool(torch._C._autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack())
 
 
 def constant(tensor: Tensor) -> Any:

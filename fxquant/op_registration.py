@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.inductor import not_traced
-
 
 def define(
     library: torch.library.Library,
     function: Callable[..., Tensor],
     fake: Callable[..., Tensor],
-    first: Callable[..., Tensor | None] | None = None,
 ) -> None:
     """Make a function an op of its name, without `torch.library.custom_op`, which adds two calls in Python to each.
 
@@ -23,18 +20,11 @@ def define(
         library: where the op is defined.
         function: annotated as `torch.library.infer_schema` wants it; it changes no argument, and returns none.
         fake: gives an empty result.
-        first: what may have the result already at hand, of the same arguments; Dynamo must not look into it.
     """
     schema, name = torch.library.infer_schema(function, mutates_args=()), function.__name__
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     # What Dynamo finds running in a compiled region, it would compile.
-    slow = torch.compiler.disable(function)
-
-    def call(*args: Any) -> Tensor:
-        found = first(*args) if first else None
-        return slow(*args) if found is None else found
-
-    library.impl(name, not_traced(call) if first else slow, "CompositeExplicitAutograd")
+    library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 

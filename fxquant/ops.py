@@ -30,7 +30,7 @@ from fxquant.op_registration import define, with_autocast
 from fxquant.quantized_matmul import multiply
 from fxquant.scheme import Scheme
 
-ABI = 3
+ABI = 4
 """Number of the ops' contract, an argument of every op and so a part of every compile-cache key.
 
 Inductor's cache does not know the source of our kernels: raise this when a kernel, its packing or its meaning changes.
@@ -85,7 +85,7 @@ def linear(
     ]
     outputs = [y for y in compiled if y is not None]
     if len(outputs) == len(rows):
-        native.remember_linear(x, planes, biases, scheme, rows, parts)
+        native.remember_linear(x, biases, parsed, rows, parts)
         return _side_by_side(outputs)
     if activation is None:
         return _side_by_side(
@@ -135,17 +135,7 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 
-define(_LIBRARY, linear, _linear_fake, native.linear_again)
-
-
-def linear_forward(
-    x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
-) -> Tensor:
-    """`fxquant::linear` in a compiled graph, which has its gradients already: without autograd a call starts sooner."""
-    return linear(x, planes, biases, scheme, rows, abi)
-
-
-define(_LIBRARY, linear_forward, _linear_fake, native.linear_again)
+define(_LIBRARY, linear, _linear_fake)
 
 
 def _save(ctx: Any, x: Tensor, planes: Any, biases: Any, scheme: str, rows: Sequence[int], abi: int) -> None:

@@ -197,7 +197,7 @@ def test_many_rows_go_to_the_library(name: str) -> None:
 @pytest.mark.parametrize("name", AS_IT_IS)
 def test_what_has_no_kernel_stays_the_op(name: str) -> None:
     kind = name.split()[0]
-    op = kind if kind.endswith("experts") else "linear_forward"
+    op = kind if kind.endswith("experts") else "linear"
     assert _fused(name)["externs"] == [f"torch.ops.fxquant.{op}.default"]
 
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import add_lowering, as_it_is, called, lowered
+from fxquant.inductor import add_lowering, as_it_is, lowered
 from fxquant.lowering.dispatch import EXPERT_SLOTS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.gemv import by_field, row_products
 from fxquant.lowering.values import aten, cast
-from fxquant.native.ready import gated_experts_in_graph
 from fxquant.scheme import Scheme
 
 
@@ -56,9 +55,8 @@ def lower_gated(
     one = _stack(x, ids, first, first_scheme, 2 * inner, k, experts)
     two = _stack(x, ids, second, second_scheme, k, inner, experts)
     if one is None or two is None:
-        op = torch.ops.fxquant.gated_experts.default
         args = (x, ids, weights, first, second, first_scheme, second_scheme, inner, experts, abi)
-        return called(gated_experts_in_graph, op, *args) if x.get_device().type == "cpu" else as_it_is(op, *args)
+        return as_it_is(torch.ops.fxquant.gated_experts.default, *args)
     # Products of their own, and not halves of one: so these are one kernel with what is computed of them.
     gate, up = (cast(one.rows(i * inner, inner).product(x, ids, None), torch.float32) for i in range(2))
     hidden = cast(lowered(aten.mul, lowered(aten.mul, gate, lowered(aten.sigmoid, gate)), up), x.get_dtype())

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import add_lowering, as_it_is, called, is_size, likely_size, lowered, side_by_side
+from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, side_by_side
 from fxquant.lowering.decoded import product, weight
 from fxquant.lowering.dispatch import UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.gemv import gemv
 from fxquant.lowering.tiles import tiled
 from fxquant.lowering.values import aten, cast
-from fxquant.native.ready import linear_in_graph
 from fxquant.scheme import Scheme
 
 
@@ -28,8 +27,7 @@ def lower(x: Any, planes: Sequence[Any], biases: Sequence[Any], scheme: str, row
     """Inductor's value of `fxquant::linear(x, planes, biases, scheme, rows, abi)`."""
     outputs = _outputs(x, planes, biases, scheme, rows)
     if outputs is None:
-        op, args = torch.ops.fxquant.linear_forward.default, (x, planes, biases, scheme, rows, abi)
-        return called(linear_in_graph, op, *args) if x.get_device().type == "cpu" else as_it_is(op, *args)
+        return as_it_is(torch.ops.fxquant.linear.default, x, planes, biases, scheme, rows, abi)
     return outputs[0] if len(outputs) == 1 else side_by_side(outputs)
 
 

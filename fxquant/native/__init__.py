@@ -8,7 +8,7 @@ from fxquant.native.gated import gated_experts
 from fxquant.native.library import from_size
 from fxquant.native.matmul import experts, linear, linear_on_codes
 from fxquant.native.quantize import quantize
-from fxquant.native.ready import gated_experts_again, linear_again, remember_linear
+from fxquant.native.ready import remember_linear
 from fxquant.native.squares import squares
 
 __all__ = [
@@ -16,9 +16,7 @@ __all__ = [
     "experts",
     "from_size",
     "gated_experts",
-    "gated_experts_again",
     "linear",
-    "linear_again",
     "linear_on_codes",
     "quantize",
     "remember_linear",

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fxquant.native.job import DTYPES
+from fxquant.native.known import GATED_EXPERTS, remember
 from fxquant.native.library import serves
 from fxquant.native.matmul import job_of, largest_share, library_for, takes_ids
 from fxquant.native.matmul_job import Gated, fill_input
-from fxquant.native.ready import remember_gated_experts
 from fxquant.scheme import Scheme
 
 _MOST_SLOTS = 512
@@ -65,6 +65,7 @@ def gated_experts(
     job = Gated(one, two, weights.data_ptr(), y.data_ptr(), DTYPES[weights.dtype], DTYPES[y.dtype])
     job.held = one.held, two.held
     built.fxquant_gated_experts(ctypes.byref(job))
-    planes = list(first[0].values()), list(second[0].values())
-    remember_gated_experts(x, ids, weights, *planes, job, str(first[1]), str(second[1]), inner, experts)
+    # No expert can have more rows than there are slots.
+    most = min(_MOST_SLOTS, built.fxquant_most_rows(DTYPES[x.dtype]))
+    remember(GATED_EXPERTS, built.fxquant_gated_experts_of, job, k, most)
     return y

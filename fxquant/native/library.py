@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,10 +50,22 @@ def from_size(weights: float) -> Iterator[None]:
     scales that a least-squares search finds.
     """
     token = _smallest.set(weights)
+    _add_to_paused(1)
     try:
         yield
     finally:
+        _add_to_paused(-1)
         _smallest.reset(token)
+
+
+PAUSED = ctypes.c_int64(0)
+"""Not 0 while any thread has another limit than the default: what is known, `fxquant.native.known`, waits."""
+_paused_lock = threading.Lock()
+
+
+def _add_to_paused(number: int) -> None:
+    with _paused_lock:
+        PAUSED.value += number
 
 
 smallest = _smallest.get

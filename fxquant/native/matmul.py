@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxquant.native import known
 from fxquant.native.dequantize import dequantize
 from fxquant.native.job import DTYPES
 from fxquant.native.library import load, serves
@@ -196,7 +198,9 @@ def library_for(scheme: Scheme) -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """The compiled product; None, after a warning, where it cannot be compiled or loaded."""
     instead = "weights are decoded as a whole for every product instead, many times slower"
-    built = load("product", instead, _SOURCES, contract=True)
+    with ThreadPoolExecutor(1) as beside:  # two compilers at a time, of which this one takes much longer
+        beside.submit(known.library)
+        built = load("product", instead, _SOURCES, contract=True)
     if built is not None:
         for function in (built.fxquant_multiply, built.fxquant_gated_experts):
             function.argtypes, function.restype = [ctypes.c_void_p], None

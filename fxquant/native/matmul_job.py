@@ -123,7 +123,7 @@ def _kind(element: Element) -> int:
     return _TABLE if element.kind == "table" else _INT
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without end: what is known points there
 def _values(element: Element) -> Tensor:
     """By code, float32; a table of fewer than 16 values again and again, as its fields are not masked."""
     if element.float_dtype is not None:
