@@ -16,7 +16,7 @@ namespace {
 inline void add_products(Z& sum, Z w, Z x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 
 struct Codes : Panels {
-    static constexpr int FEW = 4;         // rows of x with which codes are decoded in registers
+    static constexpr int FEW = 4; // rows of x at a time, where codes are decoded in registers
     static constexpr int64_t PANEL = 128; // columns
 
     const int64_t panels;                // of a row
@@ -25,7 +25,11 @@ struct Codes : Panels {
     const int64_t units;                 // of a row of x: codes, sums by step and by lane, scales
     const bool fit_registers;            // whether lanes of a panel have one scale each, where codes are decoded in them
 
-    static bool reads_in_streams(const Product& job) { return job.slots <= FEW * (job.ids ? job.experts : 1); }
+    // The most rows of x with which codes are decoded in registers, if need be twice; 4 bits of a short row are in a panel
+    // sooner than sums of 4 more rows are added up.
+    static int64_t most_few(const Product& job) { return job.bits == 8 || job.columns >= 2048 ? 2 * FEW : FEW; }
+
+    static bool reads_in_streams(const Product& job) { return job.slots <= most_few(job) * (job.ids ? job.experts : 1); }
 
     static int64_t step_of(const Product& job) {
         int64_t step = PANEL;
@@ -108,11 +112,17 @@ struct Codes : Panels {
 
     void run(const Task& task, Scratch& scratch) const {
         load_numbers(task, scratch);
-        if (task.count <= FEW && fit_registers)
-            return with_constant<FEW>(task.count, [&](auto tokens) {
-                if (job.bits == 4) few<tokens, true>(task, scratch);
-                else few<tokens, false>(task, scratch);
-            });
+        if (task.count <= most_few(job) && fit_registers) {
+            const int64_t turns = (task.count + FEW - 1) / FEW;
+            for (int64_t turn = 0; turn < turns; turn++) {
+                const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
+                with_constant<FEW>(next - first, [&](auto tokens) {
+                    if (job.bits == 4) few<tokens, true>(task, first, scratch);
+                    else few<tokens, false>(task, first, scratch);
+                });
+            }
+            return;
+        }
         by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
             with_flag(job.bits == 4, [&](auto nibbles) {
@@ -122,10 +132,10 @@ struct Codes : Panels {
 
     Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
 
-    template <int M, bool NIBBLES> void few(const Task& task, const Scratch& scratch) const {
+    template <int M, bool NIBBLES> void few(const Task& task, int64_t first, const Scratch& scratch) const {
         const float* xs[M];
         float found[M][AT_ONCE];
-        for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
+        for (int m = 0; m < M; m++) xs[m] = task.x_row(first + m);
         for (int64_t row = 0; row < task.each; row++) {
             F sums[ROWS][M];
             const float *const scales = scratch.scales.data + row * room, *const offsets = scratch.offsets.data + row * room;
@@ -139,7 +149,7 @@ struct Codes : Panels {
         for (int m = 0; m < M; m++) {
             const float scale = *scales_of(xs[m]);
             for (float& y : found[m]) y *= scale;
-            task.put(m, found[m]);
+            task.put(first + m, found[m]);
         }
     }
 

@@ -70,13 +70,16 @@ struct Panels {
         return _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : rest <= 0 ? 0 : (1ull << rest) - 1, from);
     }
 
-    // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each.
+    // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each. The rows to
+    // come are asked for from the first byte to the last, and not as these here are read, a line of each of 64: only what
+    // follows on itself does the processor read ahead.
     void read_words(const Task& task, int v, int64_t column, Z (&words)[16]) const {
-        const int64_t first = column * job.bits / 8, later = task.later * job.codes_stride;
+        const int64_t first = column * job.bits / 8;
+        const uint8_t* const next = task.codes(0) + task.later * job.codes_stride + (first / 64 * AT_ONCE + v * LANES) * 64;
         uint8_t copy[64 + 64];
         for (int r = 0; r < LANES; r++) {
             const uint8_t* const from = task.codes(v * LANES + r) + first;
-            if (first % 64 < 8 * job.bits) __builtin_prefetch(from + later, 0, 2);
+            if (first % 64 < 8 * job.bits) __builtin_prefetch(next + r * 64, 0, 2);
             if (job.bits == 4 || job.bits == 8) words[r] = read_codes(from, bytes - first);
             else {
                 memset(copy, 0, 64);

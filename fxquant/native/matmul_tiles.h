@@ -17,7 +17,10 @@ struct Tiles : Panels {
     static bool reads_in_streams(const Product&) { return false; }
 
     // With so many rows of x, or fewer, other kernels are faster: the more steps a code takes, the more rows pay for it.
-    static int64_t fewest(const Product& job) { return job.bits == 4 ? 15 : job.bits > 4 ? 63 : 127; }
+    static int64_t fewest(const Product& job) {
+        if (job.bits == 8) return job.kind ? 31 : 15;
+        return job.bits == 4 ? 15 : job.bits > 4 ? 63 : 127;
+    }
 
     // A row of x in float32, with zeros behind the last column.
     void spread(int64_t row, float* to) const {
