@@ -57,7 +57,8 @@ def linear(
     `input_scale` (which clips); features that the scheme counts as outliers are x itself. W is dequantized to
     float32 there. Against the same sum in exact arithmetic, y is off by less than `(u + (K + 8) * 2**-24) * (|x| @
     |W|.T + |bias|)`, u being half the distance of 1 to the next larger number in the dtype of x, unless it overflows or
-    the scales underflow. Products of int8 codes are added up as integers, exactly, where the device does that faster.
+    the scales underflow. Products of int8 codes are added up as integers, exactly, where the device does that faster;
+    those of float8 codes by the matrix units of GPUs that have them, whose sums may keep fewer bits than float32.
 
     The gradient of x is `grad @ W`, as if x were not quantized (the straight-through estimator, arXiv 1308.3432).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ _MOST_FEATURES = 2**31 // (127 * 128)
 """So many products of two int8 codes are certain to add up to less than an int32 holds."""
 _CUDA_ROWS = 17
 """cuBLAS multiplies int8 matrices with at least so many rows, and dimensions that are multiples of 8."""
+
+_FLOAT8_CAPABILITY = (8, 9)
+"""The least compute capability of GPUs that multiply float8."""
 
 
 def multiply(
@@ -44,8 +47,9 @@ def multiply(
     k = x.shape[-1]
     if (done := native.linear_on_codes(codes, scales, planes, scheme, n, bias, x.dtype)) is not None:
         return done
-    if _multiplies_integers(scheme, x.device, n, k):
-        y = _integer_product(x, codes, scales, planes, activation)
+    matmul = _matmul_of_codes(scheme, x.device, n, k)
+    if matmul is not None:
+        y = _scaled_product(x, codes, scales, planes, activation, matmul)
     else:
         values = dequantize_activation(codes, scales, activation)
         if activation.threshold:
@@ -56,14 +60,27 @@ def multiply(
     return y.to(x.dtype)
 
 
-def _multiplies_integers(scheme: Scheme, device: torch.device, n: int, k: int) -> bool:
-    """Whether both sides are int8 with scales that are constant along K, and the device has a fast integer product."""
+def _matmul_of_codes(scheme: Scheme, device: torch.device, n: int, k: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The device's fast product of the codes of both sides; None where it has none.
+
+    Both have to be int8 or float8, with scales that are constant along K.
+    """
     activation = scheme.activation
     assert activation is not None
-    plain = scheme.element == "int8" and scheme.zero == "none" and scheme.block in (ROW, TENSOR) and not scheme.columns
+    plain = scheme.zero == "none" and scheme.block in (ROW, TENSOR) and not scheme.columns and not activation.group
     single = scheme.scale in FLOAT_SCALES and scheme.outer is None and not scheme.double
+    if not (plain and single):
+        return None
+    if scheme.element == "int8" and activation.element == "int8":
+        return _integer_matmul if _multiplies_integers(activation, device, n, k) else None
+    if scheme.element == "fp8" and activation.element == "fp8":
+        return _float8_matmul if _multiplies_float8(activation, device, n, k) else None
+    return None
+
+
+def _multiplies_integers(activation: Activation, device: torch.device, n: int, k: int) -> bool:
     # K = 1: torch 2.11 to 2.13 take a weight of one column for a row.
-    if not (plain and single) or activation.element != "int8" or activation.group or not 1 < k <= _MOST_FEATURES:
+    if not 1 < k <= _MOST_FEATURES:
         return False
     if device.type == "cuda":
         # To gather outlier features, the host would have to wait for the device.
@@ -72,14 +89,26 @@ def _multiplies_integers(scheme: Scheme, device: torch.device, n: int, k: int) -
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _integer_product(
-    x: Tensor, codes: Tensor, scales: Tensor, planes: Mapping[str, Tensor], activation: Activation
+def _multiplies_float8(activation: Activation, device: torch.device, n: int, k: int) -> bool:
+    # On CPUs torch's product is slower than to decode both sides.
+    if device.type != "cuda" or torch.version.hip or activation.threshold:
+        return False
+    return n > 0 and n % 16 == 0 and k % 16 == 0 and torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+
+
+def _scaled_product(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    planes: Mapping[str, Tensor],
+    activation: Activation,
+    matmul: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     weight, weight_scales = planes["codes"], planes["scales"].to(torch.float32).view(-1)
     # By way of one dimension, so that strides are those of a fresh tensor: torch 2.11 to 2.13 take one row with the
     # strides (1, 1), such as a column transposed, for a column.
     flat = codes.reshape(-1).view(-1, codes.shape[-1])
-    y = _integer_matmul(flat, weight) * (scales.reshape(-1, 1) * weight_scales)
+    y = matmul(flat, weight) * (scales.reshape(-1, 1) * weight_scales)
     if activation.threshold:
         at = outlier_features(x, activation.threshold).nonzero().view(-1)
         if at.numel():
@@ -95,3 +124,10 @@ def _integer_matmul(a: Tensor, b: Tensor) -> Tensor:
         a = F.pad(a, (0, 0, 0, _CUDA_ROWS - rows))
     result: Tensor = torch.ops.aten._int_mm.default(a, b.t())
     return result[:rows]
+
+
+def _float8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` of matrices of bytes that are e4m3, float32, without fast accumulation. Both must be contiguous."""
+    a, b, one = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn), torch.ones((), device=a.device)
+    result: Tensor = torch.ops.aten._scaled_mm.default(a, b.t(), one, one, None, None, torch.float32)
+    return result

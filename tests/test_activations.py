@@ -300,14 +300,44 @@ def test_one_row_with_the_strides_of_a_column(spelling: str) -> None:
 
 def test_without_a_fast_integer_product_the_contract_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     took = []
-    original = quantized_matmul._integer_product
-    monkeypatch.setattr(quantized_matmul, "_integer_product", lambda *a: took.append(1) or original(*a))
+    original = quantized_matmul._integer_matmul
+    monkeypatch.setattr(quantized_matmul, "_integer_matmul", lambda *a: took.append(1) or original(*a))
     for capability in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         for spelling in ("int8+int8", "llm-int8", "int8+int8-static"):
             x = torch.randn(3, 1000, generator=generator(4)) * 2
             assert_contract(x, random_planes(spelling, 16, 1000), spelling, 16, torch.randn(16))
     assert len(took) == 3
+
+
+@pytest.mark.parametrize("spelling", ["fp8+fp8", "fp8-tensor+fp8", "fp8+fp8-static"])
+def test_a_product_of_float8_keeps_the_contract(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # GPUs take this way. CPUs have torch's product as well, which is slower there than to decode both sides.
+    took = []
+    original = quantized_matmul._float8_matmul
+    monkeypatch.setattr(quantized_matmul, "_float8_matmul", lambda *a: took.append(1) or original(*a))
+    monkeypatch.setattr(quantized_matmul, "_multiplies_float8", lambda *_: True)
+    planes = random_planes(spelling, 48, 1024)
+    for x in (torch.randn(1, 1024), torch.randn(2, 5, 1024).bfloat16(), torch.randn(1024, 1).t(), torch.randn(0, 1024)):
+        assert_contract(x, planes, spelling, 48, torch.randn(48))
+    assert len(took) == 4
+
+
+def test_which_products_of_float8_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    def computes(spelling: str, n: int = 64, k: int = 128) -> bool:
+        found = quantized_matmul._matmul_of_codes(Scheme.parse(spelling), torch.device("cuda"), n, k)
+        return found is quantized_matmul._float8_matmul
+
+    assert computes("fp8+fp8")
+    assert computes("fp8-tensor+fp8-static")
+    assert not any(map(computes, ("fp8-g64+fp8", "fp8+fp8-g64", "int8+int8", "fp8e5m2+fp8", "int4+fp8")))
+    assert not computes("fp8+fp8", 60)
+    assert not computes("fp8+fp8", 64, 120)
+    capability = (8, 6)
+    assert not computes("fp8+fp8")
 
 
 def test_weight_only_schemes_are_untouched() -> None:
