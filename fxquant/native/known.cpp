@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -44,8 +43,10 @@ struct Hash {
     }
 };
 
-std::unordered_map<Key, std::shared_ptr<const Known>, Hash> all_known;
-std::shared_mutex all_known_mutex;
+// Never destroyed: when the process ends, threads may still multiply, and Python is gone before C++ is.
+auto& all_known = *new std::unordered_map<Key, std::shared_ptr<const Known>, Hash>;
+auto& all_known_mutex = *new std::shared_mutex;
+auto& libraries = *new std::vector<torch::Library>;
 const int64_t* paused; // not 0 while Python has to decide
 thread_local const Key* asked = nullptr; // what Python's kernel is at
 
@@ -86,7 +87,7 @@ bool add_places(Key& key, const IValue& list) {
     return true;
 }
 
-// All that a call depends on: of tensors which are no weights, the dtype and the last dimension. None where it is not for us.
+// All that a call depends on: of tensors that are no weights, the dtype and the last dimension. False: it is not for us.
 bool add_call(Key& key, const OperatorHandle& op, c10::ArrayRef<IValue> args) {
     key.push_back((int64_t)&op.schema());
     for (const IValue& arg : args) {
@@ -180,7 +181,6 @@ template <Run run> void go_first(torch::Library& library, const char* name, Disp
 // The ops of a kind are ours first from now on, unless the number is not 0. To be called once for each kind, with the
 // same number. What went wrong, or null.
 extern "C" const char* fxquant_go_first(int kind, const int64_t* unless) {
-    static std::deque<torch::Library> libraries;
     static std::string problem;
     paused = unless;
     try {

@@ -11,8 +11,6 @@ from typing import Any
 from fxquant.native.library import PAUSED, load
 
 _INSTEAD = "every product starts in Python instead, which takes longer than some products"
-
-
 LINEAR, GATED_EXPERTS = 0, 1
 """Kinds of ops, as `known.cpp` counts them."""
 _lock = threading.Lock()
