@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant import expert_ops, native
 from fxquant.errors import ModelError
+from fxquant.native import known
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
@@ -164,6 +165,18 @@ def test_whoever_watches_ops_sees_what_is_known() -> None:
     assert "fxquant::linear" in {event.key for event in profile.key_averages()}
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, planes, [], "int4", ROWS[:1]).dtype is torch.bfloat16
+
+
+def test_where_it_cannot_be_compiled_products_start_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "library", lambda: None)
+    monkeypatch.setattr(known, "_goes_first", known._goes_first.__wrapped__)
+    n = 151  # of no other test: their planes may have lain in the same place
+    planes, x = list(random_planes(Scheme.parse("int4"), n, K).values()), torch.randn(3, K)
+    first = linear(x, planes, [], "int4", (n,))
+    calls, original = [], native.linear
+    monkeypatch.setattr(native, "linear", lambda *a: calls.append(1) or original(*a))
+    assert torch.equal(linear(x, planes, [], "int4", (n,)), first)
+    assert calls == [1]
 
 
 def test_threads_and_more_products_than_are_kept() -> None:
