@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,8 +41,8 @@ def linear(
 def ops_go_first(compiled_products: None) -> None:
     """The first product of all registers the ops, and is not known afterwards."""
     linear(torch.randn(1, K), planes_of("int4")[0], [], "int4", ROWS[:1])
-    layer = a_layer()
-    layer()
+    layer, inputs = a_layer()
+    layer(*inputs)
 
 
 def not_this_way(*_: Any, **__: Any) -> None:
@@ -90,41 +91,38 @@ def test_what_is_not_the_same_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatc
         linear(x, [plane.clone() for plane in planes], [], spelling)
 
 
-def a_layer() -> Any:
-    """A layer of experts, as a function of its inputs, which are there already."""
+def a_layer() -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """A layer of experts as a function of x, ids and weights, and such inputs."""
     count, inner, scheme = 4, 128, Scheme.parse("int4")
     first = [torch.stack([p] * count) for p in random_planes(scheme, 2 * inner, K).values()]
     second = [torch.stack([p] * count) for p in random_planes(scheme, K, inner).values()]
-    given = torch.randn(3, K), torch.tensor([[0, 1], [3, -1], [2, 4]]), torch.rand(3, 2)
 
-    def layer(x: Tensor = given[0], ids: Tensor = given[1], weights: Tensor = given[2]) -> Tensor:
+    def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         y: Tensor = torch.ops.fxquant.gated_experts(
             x, ids, weights, first, second, "int4", "int4", inner, count, expert_ops.ABI
         )
         return y
 
-    layer.inputs = given  # type: ignore[attr-defined]
-    return layer
+    return layer, (torch.randn(3, K), torch.tensor([[0, 1], [3, -1], [2, 4]]), torch.rand(3, 2))
 
 
 def test_a_layer_of_experts_starts_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = a_layer()
-    x, ids, weights = layer.inputs
-    y = layer()
+    layer, (x, ids, weights) = a_layer()
+    y = layer(x, ids, weights)
     monkeypatch.setattr(native, "gated_experts", not_this_way)
-    assert torch.equal(layer(), y)
+    assert torch.equal(layer(x, ids, weights), y)
     assert torch.equal(layer(x[:2], ids[:2], weights[:2]), y[:2])
-    assert torch.equal(layer(x.t().contiguous().t(), ids.t().contiguous().t(), weights.t().contiguous().t()), y)
-    for wrong in ({"x": x.double()}, {"weights": weights.double()}):
+    assert torch.equal(layer(*(t.t().contiguous().t() for t in (x, ids, weights))), y)
+    for wrong in ((x.double(), ids, weights), (x, ids, weights.double())):
         with pytest.raises(AssertionError, match="first time"):
-            layer(**wrong)
+            layer(*wrong)
     for shape in ((2, 3, 2), (2,)):
         with pytest.raises(ModelError, match="takes x"):
             layer(x[:2], torch.zeros(shape, dtype=torch.int64), torch.rand(shape))
     with pytest.raises(ModelError, match="no gradient"):
-        layer(x.clone().requires_grad_())
+        layer(x.clone().requires_grad_(), ids, weights)
     with pytest.raises(ModelError, match="takes x"):
-        layer(ids=ids.int())
+        layer(x, ids.int(), weights)
 
 
 def test_the_gradients_are_those_of_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,13 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -47,7 +50,7 @@ struct Hash {
 auto& all_known = *new std::unordered_map<Key, std::shared_ptr<const Known>, Hash>;
 auto& all_known_mutex = *new std::shared_mutex;
 auto& libraries = *new std::vector<torch::Library>;
-const int64_t* paused; // not 0 while Python has to decide
+const int64_t* paused; // not 0 while Python has to decide; Python writes it, in any thread
 thread_local const Key* asked = nullptr; // what Python's kernel is at
 
 std::shared_ptr<const Known> find(const Key& key) {
@@ -151,7 +154,7 @@ public:
         // Between the kernel for gradients and the CPU's there can be a mode that wants to see the op.
         const bool next = (keys & c10::after_ADInplaceOrView_keyset).highestPriorityTypeId() == DispatchKey::CPU;
         Key key;
-        const bool ours = next && !*paused && add_call(key, op, args);
+        const bool ours = next && !__atomic_load_n(paused, __ATOMIC_RELAXED) && add_call(key, op, args);
         if (const auto known = ours ? find(key) : nullptr)
             if (auto y = run(*known, args)) {
                 torch::jit::drop(*stack, count);
