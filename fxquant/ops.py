@@ -48,7 +48,7 @@ def _bias(biases: Sequence[Tensor], i: int, dtype: torch.dtype) -> Tensor | None
 def linear(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor:
-    """`x @ W.T + bias`, accumulated in float32, rounded once to the dtype of x.
+    """`x @ W.T + bias`, accumulated in float32, or more exactly, rounded once to the dtype of x.
 
     Under a scheme that leaves activations alone W is `dequantize(planes)` in the dtype of x, or in float32 where a CPU
     runs compiled kernels, see `fxquant.native.linear`, or Inductor compiles the call for a GPU, see `fxquant.lowering`.

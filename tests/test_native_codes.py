@@ -81,6 +81,23 @@ def test_product_is_that_of_what_codes_stand_for(spelling: str, data: st.DataObj
     check(y, x, planes, scheme, n, bias)
 
 
+@pytest.mark.parametrize(
+    "spelling", ["int4-g128+int8", "int4-g32-asym+int8", "int8-row+int8", "int8-g64-asym+int8-g64", "int8-g128+int8"]
+)
+def test_a_row_depends_on_nothing_else(spelling: str) -> None:
+    """Whether codes are decoded in registers, for up to 8 rows, or in panels, to the last bit of float32."""
+    scheme, n, k = Scheme.parse(spelling), 75, 768
+    planes, x = planes_of(scheme, n, k), torch.randn(200, k)
+    found = []
+    for rows in (1, 2, 3, 4, 5, 8, 9, 40, 200):
+        with native.from_size(0):
+            y = native.linear(x[:rows], planes, scheme, n, None)
+        assert y is not None
+        found.append(y)
+    for y in found:
+        assert torch.equal(y, found[-1][: len(y)])
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8"])
 def test_a_weight_that_several_spans_of_rows_make_up(spelling: str) -> None:

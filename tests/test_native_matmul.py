@@ -153,13 +153,99 @@ def test_leading_dimensions_and_strided_planes() -> None:
     assert torch.equal(y, product(x, planes, scheme, 12, None)[..., ::2])
 
 
-@pytest.mark.parametrize("spelling", ["int4-g128", "nf4-dq", "int8", "q6_k", "fp8"])
-def test_a_row_depends_on_nothing_else(spelling: str) -> None:
+FEW, MORE = (1, 2, 3), (4, 5, 7, 15, 16, 40, 200)
+"""Rows of x, with as many of which a row of the result is the same, whichever kernel."""
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype", "calls"),
+    [
+        ("int4-g128", torch.float32, (1, 3, 4, 5, 13, 15)),
+        ("nf4-dq", torch.bfloat16, (1, 3, 4, 5, 13, 15)),
+        ("q6_k", torch.bfloat16, (1, 3, 4, 5, 13, 15)),
+        ("fp8", torch.bfloat16, (1, 3, 4, 5, 13, 15)),
+        *[(name, torch.bfloat16, FEW) for name in ("int4-g128", "int8", "int4-g32-asym")],
+        *[(name, torch.float16, MORE) for name in ("int4-g128", "uint4-g32-bias", "int4-g64-asym")],
+        ("int8-g96", torch.bfloat16, (5, 7, 16, 200)),
+    ],
+)
+def test_a_row_depends_on_nothing_else(spelling: str, dtype: torch.dtype, calls: tuple[int, ...]) -> None:
+    """To the last bit of float32, with a bias that takes what is left of an error out of the rounding of the result."""
+    built = matmul.library()
+    assert built is not None
+    if calls in (MORE, (5, 7, 16, 200)) and not built.fxquant_multiplies_codes():
+        pytest.skip("no AVX512-VNNI")
     scheme = Scheme.parse(spelling)
-    planes, x = random_planes(scheme, 33, 768), torch.randn(15, 768).bfloat16()
-    whole = product(x, planes, scheme, 33, None)
-    for rows in (1, 3, 4, 5, 13):
-        assert torch.equal(product(x[:rows], planes, scheme, 33, None), whole[:rows])
+    planes, x = random_planes(scheme, 33, 768), torch.randn(max(calls), 768).to(dtype)
+    bias = -product(x, planes, scheme, 33, None)[0].float()
+    whole = product(x, planes, scheme, 33, bias)
+    assert (whole[0].abs() < 0.01 * bias.abs() + 1e-3).all()
+    for rows in calls:
+        assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
+
+
+INTEGERS = (
+    *("int4-g128", "int4-g32", "int4-g64-asym", "uint4-g32-bias", "uint4-g64-fzero-fp16", "int4-row", "int4-g192"),
+    *("int8-g128", "int8-row", "int8-g32-asym", "uint8-g64-bias", "int8-g96", "q4_k", "int6-g64", "int2-g64"),
+)
+
+
+@pytest.mark.parametrize("spelling", INTEGERS)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_floats_as_whole_numbers_are_off_by_less_than_their_promise(spelling: str, data: st.DataObject) -> None:
+    """Against float64: by half a unit in the last place, by the rounding of sums, by 2^-23 of the largest of 128."""
+    scheme = Scheme.parse(spelling)
+    unit = max(scheme.block.columns, 1) if spelling != "q4_k" else 256
+    n = data.draw(st.integers(1, 140), "rows of the weight")
+    k = unit * data.draw(st.integers(1, max(600 // unit, 2)), "units")
+    rows = data.draw(st.sampled_from((4, 5, 6, 7, 17, 70, 140, 200)), "rows of x")
+    dtype = data.draw(st.sampled_from((torch.bfloat16, torch.float16)), "dtype")
+    spread = data.draw(st.sampled_from((1, 4, 12)), "powers of e between columns")
+    planes = random_planes(scheme, n, k, seed=k)
+    x = (torch.randn(rows, k) * torch.exp(-spread * torch.rand(k))).to(dtype)
+    y, weight = product(x, planes, scheme, n, None).double(), decoded(planes, scheme, n, k)
+    exact, sizes = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    padded = torch.nn.functional.pad(x.double().abs(), (0, -k % 128)).unflatten(1, (-1, 128)).amax(-1)
+    largest = padded.repeat_interleave(128, 1)[:, :k]
+    held = 2.0**-23 * largest @ weight.abs().T
+    # The values of codes and the zero are apart in the sums.
+    apart = 2.0**-24 * 4 * (k / 16 + 8) * (sizes + 2 * x.double().abs() @ (weight.abs().amax(1, True).expand(-1, k).T))
+    slack = torch.finfo(dtype).eps / 2 * exact.abs() + held + apart + torch.finfo(dtype).smallest_normal
+    assert ((y - exact).abs() <= slack)[exact.abs() < torch.finfo(dtype).max].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_float_of_a_few_powers_of_two_is_held_exactly(dtype: torch.dtype) -> None:
+    """One by one, beside the largest that there can be: products with 1 have to give them back."""
+    scheme, k = Scheme.parse("uint4-g128"), 128
+    planes = codecs.quantize(torch.eye(k) * 15, scheme, "absmax")
+    bits = 7 if dtype == torch.bfloat16 else 10
+    patterns = torch.arange(1 << bits + 3, dtype=torch.int32)
+    exponents = (patterns >> bits) * (2 if dtype == torch.bfloat16 else 1)
+    values = (1 + (patterns & (1 << bits) - 1) / (1 << bits)) * 2.0 ** (-exponents.float())
+    x = torch.cat((values, -values)).to(dtype).view(-1, k)
+    x[:, 0] = 2 - torch.finfo(dtype).eps
+    y = product(x, planes, scheme, k, None)
+    assert torch.equal(y, x.to(torch.float32).mul(15).to(dtype))
+
+
+def test_floats_that_are_no_whole_numbers_go_another_way() -> None:
+    """Infinity, NaN, and what is too large or too small for powers of two that are floats."""
+    scheme = Scheme.parse("int4-g32")
+    planes, x = random_planes(scheme, 40, 256), torch.randn(6, 256).bfloat16()
+    weight = decoded(planes, scheme, 40, 256)
+    for value in (1e32, 1e-32, 1e-40, 3e38):
+        scaled = x.clone()
+        scaled[2] *= value
+        check(product(scaled, planes, scheme, 40, None), scaled, weight, None)
+    x[0, 5], x[1, 7], x[4] = math.nan, math.inf, 0.0
+    y = product(x, planes, scheme, 40, None)
+    assert y[0].isnan().all()
+    torch.testing.assert_close(y[1], (x[1].double() @ weight.T).bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert y[1].isinf().any()
+    check(y[2:], x[2:], weight, None)
+    assert not y[4].any()
 
 
 @pytest.mark.usefixtures("threads")

@@ -47,7 +47,8 @@ template <class K> void run_span(const K& kernel, Task& task, typename K::Scratc
     }
 }
 
-template <class K> void multiply(const Product& job) {
+// False, and nothing is written, where rows of x are not for the kernel.
+template <class K> bool multiply(const Product& job) {
     const K kernel(job);
     const Slots slots(job);
     const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
@@ -55,19 +56,21 @@ template <class K> void multiply(const Product& job) {
     // In a row, since what is read ahead of a span is that of the next.
     const int64_t tasks = slots.experts.size() * spans, together = std::max<int64_t>(tasks / (4 * job.threads), 1);
     Buffer<float> x(inputs * width);
+    bool taken = true;
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < inputs; i++) kernel.spread(i, x.data + i * width);
+#pragma omp for schedule(static) reduction(&& : taken)
+        for (int64_t i = 0; i < inputs; i++) taken = kernel.spread(i, x.data + i * width) && taken;
         typename K::Scratch scratch(kernel.room);
 #pragma omp for schedule(dynamic, together)
-        for (int64_t t = 0; t < tasks; t++) {
+        for (int64_t t = 0; t < (taken ? tasks : 0); t++) {
             const int64_t i = t / spans, first = t % spans * span, last = std::min(first + span, job.rows) - 1;
             const int64_t* const mine = slots.order.data() + slots.starts[i];
             Task task{job, slots.experts[i], first, 0, last, 0, 0, mine, slots.starts[i + 1] - slots.starts[i], x.data, width};
             run_span(kernel, task, scratch);
         }
     }
+    return taken;
 }
 
 template <bool AFFINE> void multiply_wide(const Product& job) {
@@ -76,6 +79,17 @@ template <bool AFFINE> void multiply_wide(const Product& job) {
     else if (job.low) multiply<Kernel<Signed8<AFFINE>>>(job);
     else multiply<Kernel<Wide<8, AFFINE>>>(job);
 }
+
+#ifdef FXQUANT_CODES
+// The rows of x, or fewer, with which it is slower to take floats apart into digits. In float32 they are multiplied as
+// they are. In short steps there is more to do behind products than in them.
+int64_t fewest_for_digits(const Product& job) {
+    const int64_t step = Inputs<3>::step_of(job);
+    if (job.kind || job.x_type == 0 || step < 32) return INT64_MAX / job.experts;
+    if (job.bits == 4 || job.bits == 8) return job.bits == 4 ? 3 : 4;
+    return step < 64 ? INT64_MAX / job.experts : Tiles::fewest(job);
+}
+#endif
 
 } // namespace
 
@@ -108,12 +122,14 @@ extern "C" int fxquant_multiplies_codes() {
 }
 
 extern "C" void fxquant_multiply(const Product* job) {
+    const auto more_than = [&](int64_t rows) { return job->slots > rows * (job->ids ? job->experts : 1); };
 #ifdef FXQUANT_CODES
-    if (job->x_codes) return multiply<Codes>(*job);
+    if (job->x_codes) return (void)multiply<Codes<1>>(*job);
+    if (more_than(fewest_for_digits(*job)) && multiply<Codes<3>>(*job)) return;
 #endif
 #ifdef FXQUANT_AVX512
-    if (job->slots > Tiles::fewest(*job) * (job->ids ? job->experts : 1)) return multiply<Tiles>(*job);
-    if (Strips::takes(*job)) return multiply<Strips>(*job);
+    if (more_than(Tiles::fewest(*job))) return (void)multiply<Tiles>(*job);
+    if (Strips::takes(*job)) return (void)multiply<Strips>(*job);
 #endif
     if (job->bits == 1) multiply<Kernel<Few<1>>>(*job);
     else if (job->bits == 2) multiply<Kernel<Few<2>>>(*job);

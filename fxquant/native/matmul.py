@@ -21,8 +21,8 @@ from fxquant.scheme import Scheme
 
 _SOURCES = (
     *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
-    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_panels.h", "matmul_codes.h", "matmul_tiles.h"),
-    *("matmul.cpp", "gated.cpp"),
+    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
+    *("matmul_tiles.h", "matmul.cpp", "gated.cpp"),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""
@@ -32,10 +32,15 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     """`x @ W.T + bias` for the weight that planes hold, where that is faster than to decode all of it first.
 
     W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
-    are in float32, rounded once. Where x is quantized, products of codes are added up as integers, exactly, over up to
-    128 columns under one scale. Nothing depends on the number of threads; with few rows of an x that is not quantized,
-    up to 15, each row of the result depends on its own alone. With many, in a dtype that the processor has no
-    instructions for, W is decoded as a whole, and the product is torch's, in float32.
+    are in float32, rounded once. Where x is quantized, or is bfloat16 or float16 and has at least 4 rows, products with
+    integers are added up as integers, exactly, over up to 128 columns under one scale, on processors with AVX512-VNNI.
+    There the floats of x are whole numbers of 24 bits, so that they are off by about 2**-23 of the largest of these
+    columns: in bfloat16 none is that is not 2**14 times smaller than it, in float16 none that is not 2**11 times.
+
+    Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
+    where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for
+    those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. With many, in a dtype that the processor
+    has no instructions for, W is decoded as a whole, and the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.

@@ -1,13 +1,14 @@
-// Products of int8 codes of x with integer codes of a weight, added up as integers. For few rows of x, rows of the weight
-// are decoded in registers. For more, 64 rows and 128 columns, a panel, are decoded at a time: the lanes of a vector are
-// 16 rows, and have 4 columns each, as `vpdpbusd` takes them, and a panel stays in the first-level cache until it has
-// been multiplied with everything.
+// Products of bytes of x with integer codes of a weight, added up as integers. Where scales end, or after 128 columns,
+// integers become floats: y += scale (sum + (low - zero) sum_x).
 //
-// Where scales end, or after 128 columns, integers become floats: y += scale (sum + (low - zero) sum_x). Rows of y do not
-// depend on the number of threads.
+// 64 rows and 128 columns of the weight, a panel, are decoded at a time: the lanes of a vector are 16 rows, and have 4
+// columns each, as `vpdpbusd` takes them, and a panel stays in the first-level cache until it has been multiplied with
+// everything. For few rows of int8 codes, less than that takes longer than to add up 4 lanes for every sum: rows of the
+// weight are decoded in registers instead, where a vector has 16 bytes of each of 4 rows.
+//
+// Either way rows of y are the same whatever other rows there are, and however many threads.
 
-#if defined(FXQUANT_AVX512) && defined(__AVX512VNNI__)
-#define FXQUANT_CODES
+#ifdef FXQUANT_CODES
 
 namespace {
 
@@ -15,114 +16,72 @@ namespace {
 // which there are no registers.
 inline void add_products(Z& sum, Z w, Z x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 
-struct Codes : Panels {
-    static constexpr int FEW = 4; // rows of x at a time, where codes are decoded in registers
-    static constexpr int64_t PANEL = 128; // columns
+// Every 4 lanes: of each vector, the sum of its 4 lanes.
+inline Z add_lanes(Z a, Z b, Z c, Z d) {
+    const Z ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const Z cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
 
-    const int64_t panels;                // of a row
-    const int64_t step, steps;           // columns whose sums are scaled together, and how many such there are
-    const int64_t groups;                // of a row of x
-    const int64_t units;                 // of a row of x: codes, sums by step and by lane, scales
-    const bool fit_registers;            // whether lanes of a panel have one scale each, where codes are decoded in them
+// The first 16 bytes of each of 4 vectors, then the second, and so on.
+inline void by_piece(const Z* v, Z* to) {
+    const Z a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
+    const Z c = _mm512_shuffle_i32x4(v[0], v[1], 0xee), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+    to[0] = _mm512_shuffle_i32x4(a, b, 0x88), to[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    to[2] = _mm512_shuffle_i32x4(c, d, 0x88), to[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
 
-    // The most rows of x with which codes are decoded in registers, if need be twice; 4 bits of a short row are in a panel
-    // sooner than sums of 4 more rows are added up.
-    static int64_t most_few(const Product& job) { return job.bits == 8 || job.columns >= 2048 ? 2 * FEW : FEW; }
+// 16 bytes, 4 times.
+inline Z repeated(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 
-    static bool reads_in_streams(const Product& job) { return job.slots <= most_few(job) * (job.ids ? job.experts : 1); }
+// A number of each of 4 rows, 4 times.
+inline F by_row(const float* from, int64_t apart) {
+    __m512 v = _mm512_set1_ps(*from);
+    v = _mm512_mask_broadcastss_ps(v, 0x00f0, _mm_load_ss(from + apart));
+    v = _mm512_mask_broadcastss_ps(v, 0x0f00, _mm_load_ss(from + 2 * apart));
+    return (F)_mm512_mask_broadcastss_ps(v, 0xf000, _mm_load_ss(from + 3 * apart));
+}
 
-    static int64_t step_of(const Product& job) {
-        int64_t step = PANEL;
-        const auto fits = [&](int64_t size) { return size >= job.columns || size % step == 0; };
-        while (!fits(job.block) || !fits(job.x_group)) step /= 2;
-        return step;
+// Numbers of up to 4 rows of x, one behind the other, and again and again.
+template <int N, class Number> inline F by_token(const Number& number) {
+    __m512 v = _mm512_set1_ps(number(0));
+    if (N > 1) v = _mm512_mask_broadcastss_ps(v, 0x2222, _mm_set_ss(number(1)));
+    if (N > 2) v = _mm512_mask_broadcastss_ps(v, 0x4444, _mm_set_ss(number(2)));
+    if (N > 3) v = _mm512_mask_broadcastss_ps(v, 0x8888, _mm_set_ss(number(3)));
+    return (F)v;
+}
+
+template <int DIGITS> struct Codes : Panels {
+    using Step = typename Inputs<DIGITS>::Step;
+    static constexpr int64_t PANEL = Inputs<DIGITS>::PANEL;
+    static constexpr int FEW = 8;                // rows of x, where codes are decoded in registers
+    static constexpr int TURN = TOKENS / DIGITS; // and those that are multiplied with a panel at a time
+
+    const Inputs<DIGITS> inputs;
+    const int64_t units;
+    const bool one_scale; // of a row of x, with which it is multiplied at the end
+
+    static bool in_registers(const Product& job) {
+        return DIGITS == 1 && (job.bits == 4 || job.bits == 8) && Inputs<DIGITS>::step_of(job) >= 32;
+    }
+
+    static bool reads_in_streams(const Product& job) {
+        return in_registers(job) && job.slots <= FEW * (job.ids ? job.experts : 1);
     }
 
     explicit Codes(const Product& j)
-        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), steps(panels * PANEL / step),
-          groups((j.columns + j.x_group - 1) / j.x_group),
-          units((panels * PANEL / 4 + steps + panels * 2 * LANES + groups + LANES - 1) / LANES),
-          fit_registers(groups == 1 && (j.bits == 4 || j.bits == 8) &&
-                        (j.block >= j.columns || j.block % PANEL == 0 || PANEL % j.block == 0)) {}
+        : Panels(j), inputs(j), units(inputs.units), one_scale(DIGITS == 1 && j.x_group >= j.columns) {}
 
-    const int32_t* sums_of(const float* x) const { return (const int32_t*)x + panels * PANEL / 4; }
-    const int32_t* lane_sums_of(const float* x) const { return sums_of(x) + steps; } // of both halves of a panel
-    const float* scales_of(const float* x) const { return (const float*)lane_sums_of(x) + panels * 2 * LANES; }
-
-    // A row of x: its codes, in the order of the panel, their sums, and its scales.
-    void spread(int64_t row, float* to) const {
-        int8_t* const codes = (int8_t*)to;
-        memset(codes, 0, panels * PANEL);
-        float* const scales = (float*)scales_of(to);
-        for (int64_t g = 0; g < groups; g++) {
-            const int64_t first = g * job.x_group, count = std::min(job.x_group, job.columns - first);
-            if (job.x_codes == 1) {
-                memcpy(codes + first, (const int8_t*)job.x + row * job.x_stride + first, count);
-                scales[g] = job.x_scales[row * job.x_scales_stride + (job.x_scales_stride ? g : 0)];
-            } else scales[g] = quantize(row * job.x_stride + first, count, codes + first);
-        }
-        int32_t* const sums = (int32_t*)to + panels * PANEL / 4;
-        for (int64_t s = 0; s < steps; s++) {
-            int32_t sum = 0;
-            for (int64_t i = 0; i < step; i++) sum += codes[s * step + i];
-            sums[s] = sum;
-        }
-        if (job.bits == 4) // even columns of a panel, then odd ones, as they come out of bytes
-            for (int64_t i = 0; i < panels * PANEL; i += PANEL) {
-                const Z a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
-                const auto joined = [](__m256i low, __m256i high) {
-                    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-                };
-                const auto odd = [](Z v) { return _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)); };
-                _mm512_storeu_si512(codes + i, joined(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b)));
-                _mm512_storeu_si512(codes + i + 64, joined(odd(a), odd(b)));
-            }
-        int32_t* const lanes = (int32_t*)lane_sums_of(to);
-        for (int64_t i = 0; i < 2 * panels; i++) {
-            const Z sum = _mm512_dpbusd_epi32(Z{}, _mm512_set1_epi8(1), _mm512_loadu_si512(codes + i * 64));
-            _mm512_storeu_si512(lanes + i * LANES, sum);
-        }
-    }
-
-    // Codes of some columns of x, and their scale, as `fxquant.activation_codecs.quantize_activation` makes them.
-    float quantize(int64_t at, int64_t count, int8_t* codes) const {
-        float scale;
-        if (job.x_codes == 3) scale = std::max(job.x_scales[0], 0x1p-126f);
-        else {
-            F top{};
-            bool nan = false;
-            for (int64_t i = 0; i < count; i += LANES) {
-                const __m512 v = (__m512)floats(job.x, job.x_type, at + i, std::min<int64_t>(count - i, LANES));
-                nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
-                top = most(top, (F)_mm512_abs_ps(v));
-            }
-            const float largest = _mm512_reduce_max_ps((__m512)top);
-            scale = nan ? NAN : std::max(largest / 127.0f, 0x1p-126f);
-        }
-        for (int64_t i = 0; i < count; i += LANES) {
-            const int64_t n = std::min<int64_t>(count - i, LANES);
-            const __m512 t = (__m512)(floats(job.x, job.x_type, at + i, n) / all(scale));
-            const __mmask16 numbers = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
-            const __m512 held = _mm512_max_ps(_mm512_min_ps(t, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
-            const Z whole = _mm512_maskz_cvtps_epi32(numbers, held);
-            _mm_mask_storeu_epi8(codes + i, (1u << n) - 1, _mm512_cvtepi32_epi8(whole));
-        }
-        return scale;
-    }
+    bool spread(int64_t row, float* to) const { return inputs.spread(row, to); }
 
     void run(const Task& task, Scratch& scratch) const {
         load_numbers(task, scratch);
-        if (task.count <= most_few(job) && fit_registers) {
-            const int64_t turns = (task.count + FEW - 1) / FEW;
-            for (int64_t turn = 0; turn < turns; turn++) {
-                const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
-                with_constant<FEW>(next - first, [&](auto tokens) {
-                    if (job.bits == 4) few<tokens, true>(task, first, scratch);
-                    else few<tokens, false>(task, first, scratch);
+        if constexpr (DIGITS == 1)
+            if (task.count <= FEW && in_registers(job))
+                return with_constant<FEW>(task.count, [&](auto tokens) {
+                    if (job.bits == 4) few<tokens, true>(task, scratch);
+                    else few<tokens, false>(task, scratch);
                 });
-            }
-            return;
-        }
         by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
             with_flag(job.bits == 4, [&](auto nibbles) {
@@ -132,198 +91,219 @@ struct Codes : Panels {
 
     Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
 
-    template <int M, bool NIBBLES> void few(const Task& task, int64_t first, const Scratch& scratch) const {
-        const float* xs[M];
-        float found[M][AT_ONCE];
-        for (int m = 0; m < M; m++) xs[m] = task.x_row(first + m);
-        for (int64_t row = 0; row < task.each; row++) {
-            F sums[ROWS][M];
-            const float *const scales = scratch.scales.data + row * room, *const offsets = scratch.offsets.data + row * room;
-            with_flag(job.zero, [&](auto affine) { fused<M, NIBBLES, affine>(task, row, xs, scales, offsets, sums); });
-            for (int m = 0; m < M; m++) {
-                F of_rows[ROWS];
-                for (int r = 0; r < ROWS; r++) of_rows[r] = sums[r][m];
-                sum_rows(of_rows, found[m] + row, EACH);
-            }
-        }
-        for (int m = 0; m < M; m++) {
-            const float scale = *scales_of(xs[m]);
-            for (float& y : found[m]) y *= scale;
-            task.put(first + m, found[m]);
+    // What sums of digits stand for, `apart` from each other.
+    static F value(const Z* sums, int apart) {
+        if constexpr (DIGITS == 1) return (F)_mm512_cvtepi32_ps(*sums);
+        else {
+            static_assert(DIGITS == 3);
+            const Z low = _mm512_add_epi32(sums[0], _mm512_slli_epi32(sums[apart], 8));
+            return multiply_add((F)_mm512_cvtepi32_ps(sums[2 * apart]), all(65536), (F)_mm512_cvtepi32_ps(low));
         }
     }
 
-    // Few rows of x with ROWS of the weight, one of each stream.
-    template <int M, bool NIBBLES, bool AFFINE>
-    __attribute__((noinline)) void fused(const Task& task, int64_t row, const float* const* xs, const float* scales,
-                                         const float* offsets, F (&sums)[ROWS][M]) const {
-        constexpr int64_t BYTES = NIBBLES ? PANEL / 2 : PANEL;
-        const uint8_t* from[ROWS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            from[r] = task.codes(row + r * EACH);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) sums[r][m] = F{};
+    // `total` and the sum of a step times its scales; the one of x is `own`. Zeros or biases meet the sum of x.
+    template <bool AFFINE> F added(F total, F sum, F scale, F offset, F of_x, F own) const {
+        if (AFFINE) {
+            sum = job.zero == 1 ? negative_multiply_add(offset, of_x, sum) * scale : multiply_add(offset, of_x, sum * scale);
+            return DIGITS == 1 && one_scale ? total + sum : multiply_add(sum, own, total);
         }
-        const Z low = _mm512_set1_epi8(15), flip = this->flip(), smallest = _mm512_set1_epi32(job.low);
-        const int64_t per = std::max<int64_t>(PANEL / job.block, 1);                    // blocks of a panel
-        const U lanes = (as<U>(lane_numbers()) * (uint32_t)(NIBBLES ? 8 : 4)) / (uint32_t)std::min(job.block, PANEL);
-        for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t at = panel * BYTES, block = panel * PANEL / job.block;
-            const auto of_lanes = [&](int m, int half) { // sums of x
-                return _mm512_loadu_si512(lane_sums_of(xs[m]) + (panel * 2 + half) * LANES);
-            };
-            const bool apart = !NIBBLES && per > 1; // each half has blocks of its own
-            Z starts[M], other_starts[M];
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) {
-                const Z one = of_lanes(m, 0), two = of_lanes(m, 1);
-                starts[m] = _mm512_mullo_epi32(apart ? one : _mm512_add_epi32(one, two), smallest);
-                if (!NIBBLES) other_starts[m] = _mm512_mullo_epi32(two, smallest);
-            }
-            const auto product = [&](auto whole) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) {
-                    Z a, b;
-#pragma GCC unroll 2
-                    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(from[r] + NEAR + at + i, 0, 3);
-                    const auto part = [&](int64_t i) {
-                        return whole ? _mm512_loadu_si512(from[r] + at + i) : read_codes(from[r] + at + i, bytes - at - i);
-                    };
-                    if (NIBBLES) {
-                        const Z codes = part(0);
-                        a = _mm512_and_si512(codes, low), b = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
-                    } else a = _mm512_xor_si512(part(0), flip), b = _mm512_xor_si512(part(64), flip);
-                    // Of a half of the panel, or of all of it: what the lanes have of scales, zeros and biases.
-                    const auto number = [&](const float* numbers, int half) {
-                        const float* const first = numbers + r * EACH * room + block;
-                        return per == 1 ? all(*first) : look_up_low(load(first), lanes + (uint32_t)(half * per / 2));
-                    };
-                    const F scale[2] = {number(scales, 0), apart ? number(scales, 1) : F{}};
-                    F offset[2] = {};
-                    if (AFFINE) offset[0] = number(offsets, 0), offset[1] = apart ? number(offsets, 1) : F{};
-                    const auto add = [&](int m, Z sum, int half) __attribute__((always_inline)) {
-                        F value = (F)_mm512_cvtepi32_ps(sum), codes{};
-                        if (AFFINE) {
-                            const Z mine = of_lanes(m, half);
-                            codes = (F)_mm512_cvtepi32_ps(apart ? mine : _mm512_add_epi32(mine, of_lanes(m, 1)));
-                        }
-                        if (AFFINE && job.zero == 1) value = negative_multiply_add(offset[half], codes, value);
-                        sums[r][m] = multiply_add(value, scale[half], sums[r][m]);
-                        if (AFFINE && job.zero == 2) sums[r][m] = multiply_add(offset[half], codes, sums[r][m]);
-                    };
-#pragma GCC unroll 8
-                    for (int m = 0; m < M; m++) {
-                        const Z* const x = (const Z*)xs[m] + 2 * panel;
-                        Z sum = starts[m];
-                        add_products(sum, a, x[0]);
-                        if (apart) {
-                            Z other = other_starts[m];
-                            add_products(other, b, x[1]);
-                            add(m, sum, 0), add(m, other, 1);
-                        } else {
-                            add_products(sum, b, x[1]);
-                            add(m, sum, 0);
-                        }
+        return multiply_add(DIGITS == 1 && one_scale ? sum : sum * own, scale, total);
+    }
+
+    // Sets of 4 rows of the weight that are multiplied at once: of more, a number of x is read for more rows.
+    static constexpr int sets(int m) { return m > 3 ? 2 : 1; }
+
+    template <int M, bool NIBBLES> void few(const Task& task, const Scratch& scratch) const {
+        constexpr int SETS = sets(M);
+        const float* xs[M];
+        float found[M][AT_ONCE];
+        for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
+        for (int64_t row = 0; row < std::min(task.each, EACH / SETS); row++) {
+            F totals[(M + 3) / 4][SETS];
+            with_flag(job.zero, [&](auto affine) { fused<M, NIBBLES, affine>(row, xs, scratch, totals); });
+            for (int m = 0; m < M; m++)
+                for (int i = 0; i < SETS; i++)
+                    for (int r = 0; r < ROWS; r++)
+                        found[m][row + i * EACH / SETS + r * EACH] = totals[m / 4][i][4 * r + m % 4];
+        }
+        for (int m = 0; m < M; m++) {
+            for (float& y : found[m]) y *= one_scale ? inputs.steps(xs[m], 0)->scale : 1.0f;
+            task.put(m, found[m]);
+        }
+    }
+
+    // Few rows of x with one or two rows of each stream.
+    template <int M, bool NIBBLES, bool AFFINE>
+    __attribute__((noinline)) void fused(int64_t row, const float* const* xs, const Scratch& scratch,
+                                         F (&found)[(M + 3) / 4][sets(M)]) const {
+        static_assert(ROWS == 4 && DIGITS == 1);
+        constexpr int SETS = sets(M);
+        constexpr int HALVES = NIBBLES ? 1 : 2, PIECES = 4 * HALVES; // of a panel: 64 bytes of each row, and 16
+        const uint8_t* volatile from[SETS][ROWS]; // in memory, as there are too many of them
+        const int8_t* x[M];
+        F totals[(M + 3) / 4][SETS] = {};
+        for (int m = 0; m < M; m++) x[m] = inputs.digits(xs[m], 0);
+        for (int i = 0; i < SETS; i++)
+            for (int r = 0; r < ROWS; r++) from[i][r] = scratch.codes[row + i * EACH / SETS + r * EACH];
+        const Z low = _mm512_set1_epi8(15), flip = this->flip();
+        const int64_t pieces = PIECES / inputs.per; // of a step
+        const float *scales = scratch.scales.data + row * room, *offsets = scratch.offsets.data + row * room;
+        int64_t column = 0, end = job.block; // of the block that they are of
+        for (int64_t at = 0; at < bytes; at += HALVES * 64) {
+            Z words[SETS][PIECES];
+            const auto read = [&](auto whole) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                for (int i = 0; i < SETS * HALVES; i++) {
+                    Z rows[ROWS];
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; r++) {
+                        const uint8_t* const p = from[i / HALVES][r] + at + i % HALVES * 64;
+                        __builtin_prefetch(p + NEAR, 0, 3);
+                        rows[r] = whole ? _mm512_loadu_si512(p) : read_codes(p, bytes - at - i % HALVES * 64);
                     }
+                    by_piece(rows, words[i / HALVES] + i % HALVES * 4);
                 }
             };
-            if (at + BYTES <= bytes) product(std::true_type{});
-            else product(std::false_type{});
+            if (at + HALVES * 64 <= bytes) read(std::true_type{});
+            else read(std::false_type{});
+            for (int64_t s = 0; s < inputs.per; s++, column += inputs.step) {
+                const auto step = [&](int m) -> const Step& { return ((const Step*)(x[m] + PANEL))[s]; };
+                Z sums[M][SETS];
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++)
+                    for (int i = 0; i < SETS; i++) sums[m][i] = repeated(step(m).starts[0]);
+#pragma GCC unroll 1
+                for (int64_t piece = s * pieces; piece < (s + 1) * pieces; piece++) {
+                    const auto multiply = [&](auto&& codes, int64_t at) __attribute__((always_inline)) {
+                        Z w[SETS];
+#pragma GCC unroll 2
+                        for (int i = 0; i < SETS; i++) w[i] = codes(words[i][piece]);
+#pragma GCC unroll 8
+                        for (int m = 0; m < M; m++) {
+                            const Z own = repeated(x[m] + piece * 16 + at);
+#pragma GCC unroll 2
+                            for (int i = 0; i < SETS; i++) add_products(sums[m][i], w[i], own);
+                        }
+                    };
+                    if (NIBBLES) {
+                        multiply([&](Z v) { return _mm512_and_si512(v, low); }, 0);
+                        multiply([&](Z v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), low); }, 64);
+                    } else multiply([&](Z v) { return _mm512_xor_si512(v, flip); }, 0);
+                }
+                for (; column >= end; end += job.block) scales++, offsets++;
+#pragma GCC unroll 2
+                for (int i = 0; i < SETS; i++) {
+                    const F scale = by_row(scales + i * EACH / SETS * room, EACH * room);
+                    const F offset = AFFINE ? by_row(offsets + i * EACH / SETS * room, EACH * room) : F{};
+                    const auto add = [&](auto from) __attribute__((always_inline)) {
+                        constexpr int FROM = from, N = M - FROM < 4 ? M - FROM : 4;
+                        const auto lanes = [&](int m) { return sums[FROM + (m < N ? m : 0)][i]; };
+                        const Z sum = add_lanes(lanes(0), lanes(1), lanes(2), lanes(3));
+                        F of_x{}, own{};
+                        if (AFFINE) of_x = by_token<N>([&](int m) { return step(FROM + m).total; });
+                        if (!one_scale) own = by_token<N>([&](int m) { return step(FROM + m).scale; });
+                        F& total = totals[FROM / 4][i];
+                        total = added<AFFINE>(total, value(&sum, 1), scale, offset, of_x, own);
+                    };
+                    add(std::integral_constant<int, 0>{});
+                    if constexpr (M > 4) add(std::integral_constant<int, 4>{});
+                }
+            }
+            for (int m = 0; m < M; m++) x[m] += inputs.stride;
         }
+        memcpy(found, totals, sizeof found);
     }
 
     template <bool NIBBLES> void batch(const Task& task, int64_t from, int64_t count, Scratch& scratch) const {
-        const int64_t turns = (count + TOKENS - 1) / TOKENS;
+        const int64_t turns = (count + TURN - 1) / TURN;
         const float* xs[BATCH];
         for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
         memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
-        for (int64_t panel = 0; panel < panels; panel++) {
-            decode(task, panel, scratch.panel.data);
+        Ahead ahead(task, scratch, PANEL, turns * (PANEL / 8));
+        for (int64_t panel = 0; panel < inputs.panels; panel++) {
+            decode(panel, scratch);
+            ahead.to_panel(panel);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
-                with_constant<TOKENS>(b - a, [&](auto tokens) { multiply<tokens, NIBBLES>(panel, xs + a, a, scratch); });
+                with_constant<TURN>(b - a, [&](auto tokens) {
+                    with_flag(job.zero, [&](auto affine) {
+                        multiply<tokens, NIBBLES, affine>(panel, xs + a, a, scratch, ahead);
+                    });
+                });
             }
         }
         for (int64_t i = 0; i < count; i++) {
             float* const total = scratch.totals.data + i * AT_ONCE;
-            const float scale = groups == 1 ? *scales_of(xs[i]) : 1.0f;
-            for (int64_t r = 0; groups == 1 && r < AT_ONCE; r++) total[r] *= scale;
+            for (int64_t r = 0; one_scale && r < AT_ONCE; r++) total[r] *= inputs.steps(xs[i], 0)->scale;
             task.put(from + i, total);
         }
     }
 
     // Some rows of x with a panel, added to what there is of them.
-    template <int T, bool NIBBLES>
-    __attribute__((noinline)) void multiply(int64_t panel, const float* const* xs, int64_t token,
-                                            Scratch& scratch) const {
+    template <int T, bool NIBBLES, bool AFFINE>
+    __attribute__((noinline)) void multiply(int64_t panel, const float* const* xs, int64_t token, Scratch& scratch,
+                                            Ahead& ahead) const {
+        constexpr int PLANES = T * DIGITS;
         const Z* weights = (const Z*)scratch.panel.data;
-        const int64_t per = PANEL / step;
-        for (int64_t s = panel * per; s < (panel + 1) * per; s++) {
+        for (int64_t s = 0; s < inputs.per; s++) {
             const int32_t* x[T];
-            Z sums[T][VECTORS];
+            Z sums[PLANES][VECTORS];
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                x[t] = (const int32_t*)xs[t] + (NIBBLES ? panel * PANEL / 8 + s * (step / 8) : s * (step / 4));
+            for (int t = 0; t < T; t++) x[t] = (const int32_t*)inputs.digits(xs[t], panel) + s * inputs.step / (NIBBLES ? 8 : 4);
+#pragma GCC unroll 8
+            for (int p = 0; p < PLANES; p++) {
+                const Z start = _mm512_set1_epi32(inputs.steps(xs[p / DIGITS], panel)[s].starts[p % DIGITS][0]);
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) sums[t][v] = _mm512_set1_epi32(sums_of(xs[t])[s] * job.low);
+                for (int v = 0; v < VECTORS; v++) sums[p][v] = start;
             }
-            for (int64_t i = 0; i < step / 8; i++, weights += 2 * VECTORS) {
+            for (int64_t i = 0; i < inputs.step / 8; i++, weights += 2 * VECTORS) {
+                ahead.ask();
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; half++) {
                     Z w[VECTORS];
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++) w[v] = weights[half * VECTORS + v];
 #pragma GCC unroll 8
-                    for (int t = 0; t < T; t++) {
-                        const Z own = _mm512_set1_epi32(x[t][NIBBLES ? i + half * (PANEL / 8) : 2 * i + half]);
+                    for (int p = 0; p < PLANES; p++) {
+                        const int32_t* const digit = x[p / DIGITS] + p % DIGITS * (PANEL / 4);
+                        const Z own = _mm512_set1_epi32(digit[NIBBLES ? i + half * (PANEL / 8) : 2 * i + half]);
 #pragma GCC unroll 4
-                        for (int v = 0; v < VECTORS; v++) add_products(sums[t][v], w[v], own);
+                        for (int v = 0; v < VECTORS; v++) add_products(sums[p][v], w[v], own);
                     }
                 }
             }
-            const int64_t block = std::min(s * step / job.block, blocks - 1) * AT_ONCE;
-            const int64_t group = std::min(s * step / job.x_group, groups - 1);
+            const int64_t block = std::min((panel * PANEL + s * inputs.step) / job.block, blocks - 1) * AT_ONCE;
             const float* const scales = scratch.scales_by_block.data + block;
-            const bool plain = job.zero == 0 && groups == 1;
+            const float* const offsets = scratch.offsets_by_block.data + block;
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 float* const totals = scratch.totals.data + (token + t) * AT_ONCE;
+                const Step& mine = inputs.steps(xs[t], panel)[s];
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) {
-                    const F sum = (F)_mm512_cvtepi32_ps(sums[t][v]), total = load(totals + v * LANES);
-                    if (plain) store(totals + v * LANES, multiply_add(sum, load(scales + v * LANES), total));
-                    else {
-                        const F all_of_it = scaled(sum, block + v * LANES, sums_of(xs[t])[s], scratch);
-                        const float own = groups == 1 ? 1.0f : scales_of(xs[t])[group];
-                        store(totals + v * LANES, multiply_add(all_of_it, all(own), total));
-                    }
+                    float* const to = totals + v * LANES;
+                    const F sum = value(&sums[t * DIGITS][v], VECTORS), offset = AFFINE ? load(offsets + v * LANES) : F{};
+                    store(to, added<AFFINE>(load(to), sum, load(scales + v * LANES), offset, all(mine.total), all(mine.scale)));
                 }
             }
         }
     }
 
-    // A sum of products, and what zeros or biases add to it: they meet the sum of the codes of x.
-    F scaled(F sum, int64_t at, int32_t codes, const Scratch& scratch) const {
-        const F scales = load(scratch.scales_by_block.data + at);
-        if (job.zero == 0) return sum * scales;
-        const F offset = load(scratch.offsets_by_block.data + at), of_x = all((float)codes);
-        return job.zero == 1 ? negative_multiply_add(offset, of_x, sum) * scales : multiply_add(offset, of_x, sum * scales);
-    }
-
     // Rows of a weight in a panel: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16 rows.
-    void decode(const Task& task, int64_t panel, uint8_t* to) const {
+    void decode(int64_t panel, Scratch& scratch) const {
         const Z low = _mm512_set1_epi8(15), flip = this->flip();
         for (int v = 0; v < VECTORS; v++)
             for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
                 Z words[16];
-                read_words(task, v, panel * PANEL + half * 64, words);
-                Z* const at = (Z*)to + v + half * 16 * VECTORS;
-                for (int i = 0; i < 16; i++)
-                    if (job.bits == 4) {
-                        at[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
-                        at[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
-                    } else at[i * VECTORS] = _mm512_xor_si512(words[i], flip);
+                read_words(scratch, v, panel * PANEL + half * 64, words);
+                Z* const to = (Z*)scratch.panel.data + v + half * 16 * VECTORS;
+                if (job.bits == 4)
+                    for (int i = 0; i < 16; i++) {
+                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
+                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
+                    }
+                else
+                    for (int i = 0; i < 16; i++) to[i * VECTORS] = _mm512_xor_si512(words[i], flip);
             }
     }
 };

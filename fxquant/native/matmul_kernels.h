@@ -131,7 +131,7 @@ template <class E> struct Kernel {
     }
 
     // A row of x in float32, in the order of units, with zeros behind the last column.
-    void spread(int64_t row, float* to) const {
+    bool spread(int64_t row, float* to) const {
         memset(to + (units - 1) * LANES, 0, LANES * sizeof(float));
         const int64_t first = row * job.x_stride;
         for (int64_t u = 0; u < units; u++) {
@@ -140,6 +140,7 @@ template <class E> struct Kernel {
             store(natural, floats(job.x, job.x_type, first + at, count));
             for (int l = 0; l < LANES; l++) to[at + l] = natural[E::column(l)];
         }
+        return true;
     }
 
     void load_numbers(const Task& task, int64_t row, int64_t i, Scratch& scratch) const {

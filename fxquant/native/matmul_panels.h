@@ -7,8 +7,6 @@
 
 namespace {
 
-typedef __m512i Z;
-
 // Words of 16 rows, lane by lane.
 inline void transpose(Z (&v)[16]) {
     Z t[16];
@@ -46,6 +44,7 @@ struct Panels {
         Buffer<float> scales, offsets; // by row
         Buffer<float> scales_by_block, offsets_by_block, totals;
         Buffer<uint8_t> bytes, words, panel;
+        const uint8_t* codes[AT_ONCE]; // of every row
 
         explicit Scratch(int64_t room)
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
@@ -55,6 +54,7 @@ struct Panels {
 
     // The numbers of all rows, `[rows, room]`.
     void load_numbers(const Task& task, Scratch& scratch) const {
+        for (int64_t i = 0; i < AT_ONCE; i++) scratch.codes[i] = task.codes(i);
         load_numbers(task, job.scales, scratch.scales.data, scratch);
         if (job.zero) load_numbers(task, job.offsets, scratch.offsets.data, scratch);
     }
@@ -70,25 +70,49 @@ struct Panels {
         return _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : rest <= 0 ? 0 : (1ull << rest) - 1, from);
     }
 
-    // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each. The rows to
-    // come are asked for from the first byte to the last, and not as these here are read, a line of each of 64: only what
-    // follows on itself does the processor read ahead.
-    void read_words(const Task& task, int v, int64_t column, Z (&words)[16]) const {
-        const int64_t first = column * job.bits / 8;
-        const uint8_t* const next = task.codes(0) + task.later * job.codes_stride + (first / 64 * AT_ONCE + v * LANES) * 64;
-        uint8_t copy[64 + 64];
-        for (int r = 0; r < LANES; r++) {
-            const uint8_t* const from = task.codes(v * LANES + r) + first;
-            if (first % 64 < 8 * job.bits) __builtin_prefetch(next + r * 64, 0, 2);
-            if (job.bits == 4 || job.bits == 8) words[r] = read_codes(from, bytes - first);
-            else {
+    // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each. The 16
+    // rows that come next are asked for, and no more: of many rows that are a power of two apart, the first-level cache
+    // holds few.
+    void read_words(const Scratch& scratch, int v, int64_t column, Z (&words)[16]) const {
+        const int64_t first = column * job.bits / 8, rest = bytes - first;
+        const uint8_t* const* const rows = scratch.codes + v * LANES;
+        const uint8_t* const* const next = scratch.codes + (v + 1) % VECTORS * LANES;
+        const int64_t next_first = v + 1 < VECTORS ? first : first + 64;
+        if (job.bits != 4 && job.bits != 8) {
+            uint8_t copy[64 + 64];
+            for (int r = 0; r < LANES; r++) {
                 memset(copy, 0, 64);
-                unpack(from, std::max<int64_t>(std::min<int64_t>(64, job.columns - column), 0), job.bits, copy);
+                unpack(rows[r] + first, std::max<int64_t>(std::min<int64_t>(64, job.columns - column), 0), job.bits, copy);
                 words[r] = _mm512_loadu_si512(copy);
             }
-        }
+        } else if (rest >= 64) {
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) {
+                words[r] = _mm512_loadu_si512(rows[r] + first);
+                __builtin_prefetch(next[r] + next_first, 0, 3);
+            }
+        } else for (int r = 0; r < LANES; r++) words[r] = read_codes(rows[r] + first, rest);
         transpose(words);
     }
+
+    // The rows to come, which are asked for bit by bit while panels are multiplied, from the first byte to the last: the
+    // processor reads ahead only what follows on itself, and waits where it is asked for much at once.
+    struct Ahead {
+        const uint8_t *const start, *next, *end;
+        const int64_t bytes, each; // of a panel
+
+        // `times`: how often it is asked in a panel of so many columns.
+        Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t times)
+            : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), end(start),
+              bytes(AT_ONCE * columns * task.job.bits / 8), each((bytes + 64 * times - 1) / (64 * times) * 64) {}
+
+        void to_panel(int64_t panel) { next = start + panel * bytes, end = next + bytes; }
+
+        void ask() {
+            for (const uint8_t* const stop = std::min(next + each, end); next < stop; next += 64)
+                __builtin_prefetch(next, 0, 2);
+        }
+    };
 
   private:
     void load_numbers(const Task& task, const Level& level, float* to, Scratch& scratch) const {
@@ -99,10 +123,14 @@ struct Panels {
     }
 
     void by_block(const float* from, float* to) const {
-        const Z rows = _mm512_mullo_epi32((Z)lane_numbers(), _mm512_set1_epi32((int)room));
-        for (int64_t b = 0; b < blocks; b++)
-            for (int64_t i = 0; i < AT_ONCE; i += LANES)
-                store(to + b * AT_ONCE + i, (F)_mm512_i32gather_ps(rows, from + i * room + b, 4));
+        for (int64_t b = 0; b < blocks; b += LANES)
+            for (int64_t i = 0; i < AT_ONCE; i += LANES) {
+                const int64_t count = std::min<int64_t>(blocks - b, LANES);
+                Z numbers[16];
+                for (int r = 0; r < LANES; r++) numbers[r] = (Z)load(from + (i + r) * room + b);
+                transpose(numbers);
+                for (int64_t j = 0; j < count; j++) store(to + (b + j) * AT_ONCE + i, (F)numbers[j]);
+            }
     }
 };
 

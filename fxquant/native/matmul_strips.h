@@ -62,7 +62,7 @@ struct Strips {
     };
 
     // A row of x in float32: the first column of every lane, then the second, and so on; zeros behind the last one.
-    void spread(int64_t row, float* to) const {
+    bool spread(int64_t row, float* to) const {
         for (int64_t s = 0; s < strips; s++, to += WIDTH) {
             float natural[WIDTH] = {};
             for (int64_t i = 0; i < WIDTH && s * WIDTH + i < job.columns; i += LANES) {
@@ -72,6 +72,7 @@ struct Strips {
             const __m512i columns = _mm512_slli_epi32((__m512i)lane_numbers(), 3);
             for (int j = 0; j < UNITS; j++) store(to + j * LANES, (F)_mm512_i32gather_ps(columns, natural + j, 4));
         }
+        return true;
     }
 
     void run(const Task& task, Scratch& scratch) const {

@@ -23,12 +23,13 @@ struct Tiles : Panels {
     }
 
     // A row of x in float32, with zeros behind the last column.
-    void spread(int64_t row, float* to) const {
+    bool spread(int64_t row, float* to) const {
         memset(to + (panels - 1) * PANEL, 0, PANEL * sizeof(float));
         for (int64_t i = 0; i < job.columns; i += LANES) {
             const int64_t count = std::min<int64_t>(job.columns - i, LANES);
             store_some(to + i, floats(job.x, job.x_type, row * job.x_stride + i, count), count);
         }
+        return true;
     }
 
     void run(const Task& task, Scratch& scratch) const {
@@ -43,13 +44,15 @@ struct Tiles : Panels {
         const float* xs[BATCH];
         for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
         memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
+        Ahead ahead(task, scratch, PANEL, turns * (PANEL / 8));
         for (int64_t panel = 0; panel < panels; panel++) {
-            decode(task, panel, scratch);
+            decode(panel, scratch);
+            ahead.to_panel(panel);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
                 with_constant<TOKENS>(b - a, [&](auto tokens) {
                     multiply<tokens>((const F*)scratch.panel.data, xs + a, panel * PANEL,
-                                     scratch.totals.data + a * AT_ONCE);
+                                     scratch.totals.data + a * AT_ONCE, ahead);
                 });
             }
         }
@@ -60,7 +63,7 @@ struct Tiles : Panels {
     // Some rows of x with a panel, added to what there is of them.
     template <int T>
     __attribute__((noinline)) static void multiply(const F* weights, const float* const* xs, int64_t first,
-                                                   float* totals) {
+                                                   float* totals, Ahead& ahead) {
         const float* x[T];
         F sums[T][VECTORS];
 #pragma GCC unroll 8
@@ -70,6 +73,7 @@ struct Tiles : Panels {
             for (int v = 0; v < VECTORS; v++) sums[t][v] = F{};
         }
         for (int64_t i = 0; i < PANEL; i++, weights += VECTORS) {
+            if (i % 8 == 0) ahead.ask();
             F w[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) w[v] = weights[v];
@@ -92,12 +96,12 @@ struct Tiles : Panels {
     // How codes become values: fields of a table of 16, of 4 bits or in bytes; integers; fields of a larger table.
     enum Values { NIBBLES, FEW, SIGNED, UNSIGNED, MANY };
 
-    void decode(const Task& task, int64_t panel, Scratch& scratch) const {
+    void decode(int64_t panel, Scratch& scratch) const {
         for (int v = 0; v < VECTORS; v++) {
             Z* const words = (Z*)scratch.words.data + 16 * v; // of 4 bits, there are enough for two panels
             if (job.bits != 4 || panel % 2 == 0) {
                 Z read[16];
-                read_words(task, v, panel * PANEL, read);
+                read_words(scratch, v, panel * PANEL, read);
                 memcpy(words, read, sizeof read);
             }
             if (job.bits == 4) expand<NIBBLES>(words + panel % 2 * 8, v, panel, scratch);

@@ -1,0 +1,171 @@
+// Rows of x in bytes, for products with integers: int8 codes, or floats as whole numbers of three digits to the base of
+// 256, each from -128 to 127. Floats become whole numbers by a power of two, the same for up to 128 columns, whose largest
+// float then has 23 or 24 bits with its sign: an error of about 2^-23 of that float, and no more than sums in float32 make.
+// In bfloat16, which has 8 bits, and float16, which has 11, only floats that are 2^14 or 2^11 times smaller are rounded.
+
+#ifdef FXQUANT_AVX512
+
+namespace {
+
+typedef __m512i Z;
+
+} // namespace
+
+#ifdef __AVX512VNNI__
+#define FXQUANT_CODES
+
+#include <algorithm>
+
+namespace {
+
+template <int DIGITS> struct Inputs {
+    static constexpr int64_t PANEL = 128; // columns
+
+    // Of columns that have one scale: the sum of each digit times `low`, and three zeros; the sum of the numbers that the
+    // digits make up; their scale.
+    struct alignas(16) Step {
+        int32_t starts[DIGITS][4];
+        float total, scale;
+    };
+
+    const Product& job;
+    const int64_t panels;    // of a row
+    const int64_t step, per; // columns of a step, and steps of a panel
+    const int64_t stride;    // bytes of a panel: one digit of all columns behind the other, then steps
+    const int64_t units;     // of a row
+
+    explicit Inputs(const Product& j)
+        : job(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), per(PANEL / step),
+          stride(DIGITS * PANEL + per * sizeof(Step)), units((panels * stride + 63) / 64) {}
+
+    // A power of two, since blocks of the weight and groups of x consist of 16 columns.
+    static int64_t step_of(const Product& job) {
+        int64_t step = PANEL;
+        const auto fits = [&](int64_t size) { return size >= job.columns || size % step == 0; };
+        while (!fits(job.block) || (DIGITS == 1 && !fits(job.x_group))) step /= 2;
+        return step;
+    }
+
+    // Where a row that is spread has the digits of a panel, and its steps.
+    const int8_t* digits(const float* x, int64_t panel) const { return (const int8_t*)x + panel * stride; }
+    const Step* steps(const float* x, int64_t panel) const { return (const Step*)(digits(x, panel) + DIGITS * PANEL); }
+
+    // False where floats are not to be had as whole numbers.
+    bool spread(int64_t row, float* to) const {
+        memset(to, 0, panels * stride);
+        const int64_t size = DIGITS == 1 ? job.x_group : step;
+        for (int64_t first = 0; first < job.columns; first += size) {
+            const int64_t end = std::min(first + size, job.columns);
+            float scale;
+            if (DIGITS > 1) {
+                if (!take_apart(row, first, end, to, scale)) return false;
+            } else if (job.x_codes == 1) {
+                const int8_t* const codes = (const int8_t*)job.x + row * job.x_stride;
+                for (int64_t i = first; i < end; i += LANES)
+                    memcpy(place(to, i, 0), codes + i, std::min<int64_t>(LANES, end - i));
+                scale = job.x_scales[row * job.x_scales_stride + (job.x_scales_stride ? first / size : 0)];
+            } else {
+                scale = quantize(row, first, end, to);
+            }
+            for (int64_t i = first; i < end; i += step) ((Step*)steps(to, i / PANEL))[i % PANEL / step].scale = scale;
+        }
+        for (int64_t panel = 0; panel < panels; panel++) add_up((int8_t*)digits(to, panel), (Step*)steps(to, panel));
+        return true;
+    }
+
+  private:
+    int8_t* place(float* to, int64_t column, int digit) const {
+        return (int8_t*)digits(to, column / PANEL) + digit * PANEL + column % PANEL;
+    }
+
+    // Some columns, at most 16.
+    __m512 values(int64_t row, int64_t column, int64_t end) const {
+        return (__m512)floats(job.x, job.x_type, row * job.x_stride + column, std::min<int64_t>(end - column, LANES));
+    }
+
+    // The largest magnitude; NaN if one is.
+    float largest(int64_t row, int64_t first, int64_t end) const {
+        F top{};
+        __mmask16 nan = 0;
+        for (int64_t i = first; i < end; i += LANES) {
+            const __m512 v = values(row, i, end);
+            nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+            top = most(top, (F)_mm512_abs_ps(v));
+        }
+        return nan ? NAN : _mm512_reduce_max_ps((__m512)top);
+    }
+
+    bool take_apart(int64_t row, int64_t first, int64_t end, float* to, float& scale) const {
+        constexpr float MOST = 0x7f7f7f; // 127 of every digit
+        const float top = largest(row, first, end);
+        // Powers of two have to be floats, and sums of what they are multiplied with.
+        if (!(top < 0x1p100f) || (top && top < 0x1p-80f)) return false;
+        int exponent = top ? 22 - std::ilogb(top) : 0;
+        if (std::ldexp(top, exponent) > MOST) exponent--;
+        scale = std::ldexp(1.0f, -exponent);
+        const __m512 factor = _mm512_set1_ps(std::ldexp(1.0f, exponent));
+        for (int64_t i = first; i < end; i += LANES) {
+            Z whole = _mm512_cvtps_epi32(_mm512_mul_ps(values(row, i, end), factor));
+            for (int d = 0; d < DIGITS; d++) {
+                _mm_storeu_si128((__m128i*)place(to, i, d), _mm512_cvtepi32_epi8(whole));
+                whole = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+            }
+        }
+        return true;
+    }
+
+    // Codes, and their scale, as `fxquant.activation_codecs.quantize_activation` makes them.
+    float quantize(int64_t row, int64_t first, int64_t end, float* to) const {
+        float scale;
+        if (job.x_codes == 3) scale = std::max(job.x_scales[0], 0x1p-126f);
+        else {
+            const float top = largest(row, first, end);
+            scale = top != top ? NAN : std::max(top / 127.0f, 0x1p-126f);
+        }
+        for (int64_t i = first; i < end; i += LANES) {
+            const __m512 t = _mm512_div_ps(values(row, i, end), _mm512_set1_ps(scale));
+            const __mmask16 numbers = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
+            const __m512 held = _mm512_max_ps(_mm512_min_ps(t, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+            _mm_storeu_si128((__m128i*)place(to, i, 0), _mm512_cvtepi32_epi8(_mm512_maskz_cvtps_epi32(numbers, held)));
+        }
+        return scale;
+    }
+
+    // Brings digits of a panel into the order of the weight, and fills its steps. A weight of 4 bits has even columns in
+    // the low halves of bytes, so that these come first, then odd ones.
+    void add_up(int8_t* digits, Step* steps) const {
+        const bool halves = job.bits == 4;
+        int32_t sums[DIGITS][2 * LANES] = {}; // of 8 columns each, or of 4
+        for (int d = 0; d < DIGITS; d++, digits += PANEL) {
+            Z a = _mm512_loadu_si512(digits), b = _mm512_loadu_si512(digits + 64);
+            if (halves) {
+                const auto joined = [](__m256i low, __m256i high) {
+                    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+                };
+                const auto odd = [](Z v) { return _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)); };
+                const Z even = joined(_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b));
+                b = joined(odd(a), odd(b)), a = even;
+                _mm512_storeu_si512(digits, a), _mm512_storeu_si512(digits + 64, b);
+            }
+            const Z one = _mm512_set1_epi8(1), of_a = _mm512_dpbusd_epi32(Z{}, one, a);
+            _mm512_storeu_si512(sums[d], halves ? _mm512_dpbusd_epi32(of_a, one, b) : of_a);
+            if (!halves) _mm512_storeu_si512(sums[d] + LANES, _mm512_dpbusd_epi32(Z{}, one, b));
+        }
+        const int64_t parts = step / (halves ? 8 : 4);
+        for (int64_t s = 0; s < per; s++) {
+            int64_t total = 0;
+            for (int d = 0; d < DIGITS; d++) {
+                int32_t sum = 0;
+                for (int64_t i = s * parts; i < (s + 1) * parts; i++) sum += sums[d][i];
+                steps[s].starts[d][0] = sum * job.low;
+                total += (int64_t)sum << 8 * d;
+            }
+            steps[s].total = (float)total;
+        }
+    }
+};
+
+} // namespace
+
+#endif
+#endif
