@@ -52,7 +52,7 @@ template <int DIGITS> struct Inputs {
 
     // False where floats are not to be had as whole numbers.
     bool spread(int64_t row, float* to) const {
-        memset(to, 0, panels * stride);
+        memset((int8_t*)digits(to, panels - 1), 0, stride); // columns that are not there
         const int64_t size = DIGITS == 1 ? job.x_group : step;
         for (int64_t first = 0; first < job.columns; first += size) {
             const int64_t end = std::min(first + size, job.columns);
@@ -100,10 +100,11 @@ template <int DIGITS> struct Inputs {
         const float top = largest(row, first, end);
         // Powers of two have to be floats, and sums of what they are multiplied with.
         if (!(top < 0x1p100f) || (top && top < 0x1p-80f)) return false;
-        int exponent = top ? 22 - std::ilogb(top) : 0;
-        if (std::ldexp(top, exponent) > MOST) exponent--;
-        scale = std::ldexp(1.0f, -exponent);
-        const __m512 factor = _mm512_set1_ps(std::ldexp(1.0f, exponent));
+        const uint32_t bits = as<uint32_t>(top), of_top = bits >> 23, of_most = as<uint32_t>(MOST) >> 23;
+        const bool more = as<float>((bits & 0x7fffff) | of_most << 23) > MOST;
+        const uint32_t shift = top ? of_most - of_top - more : 0;
+        const __m512 factor = _mm512_set1_ps(as<float>((127 + shift) << 23));
+        scale = as<float>((127 - shift) << 23);
         for (int64_t i = first; i < end; i += LANES) {
             Z whole = _mm512_cvtps_epi32(_mm512_mul_ps(values(row, i, end), factor));
             for (int d = 0; d < DIGITS; d++) {
@@ -135,7 +136,7 @@ template <int DIGITS> struct Inputs {
     // the low halves of bytes, so that these come first, then odd ones.
     void add_up(int8_t* digits, Step* steps) const {
         const bool halves = job.bits == 4;
-        int32_t sums[DIGITS][2 * LANES] = {}; // of 8 columns each, or of 4
+        Z of_low[DIGITS], of_high[DIGITS]; // sums of 8 columns each, or of 4
         for (int d = 0; d < DIGITS; d++, digits += PANEL) {
             Z a = _mm512_loadu_si512(digits), b = _mm512_loadu_si512(digits + 64);
             if (halves) {
@@ -147,17 +148,19 @@ template <int DIGITS> struct Inputs {
                 b = joined(odd(a), odd(b)), a = even;
                 _mm512_storeu_si512(digits, a), _mm512_storeu_si512(digits + 64, b);
             }
-            const Z one = _mm512_set1_epi8(1), of_a = _mm512_dpbusd_epi32(Z{}, one, a);
-            _mm512_storeu_si512(sums[d], halves ? _mm512_dpbusd_epi32(of_a, one, b) : of_a);
-            if (!halves) _mm512_storeu_si512(sums[d] + LANES, _mm512_dpbusd_epi32(Z{}, one, b));
+            const Z one = _mm512_set1_epi8(1);
+            of_low[d] = _mm512_dpbusd_epi32(Z{}, one, a);
+            if (halves) of_low[d] = _mm512_dpbusd_epi32(of_low[d], one, b), of_high[d] = Z{};
+            else of_high[d] = _mm512_dpbusd_epi32(Z{}, one, b);
         }
-        const int64_t parts = step / (halves ? 8 : 4);
+        const uint32_t lanes = step / (halves ? 8 : 4), mine = (uint32_t)((1ull << lanes) - 1); // of a step
         for (int64_t s = 0; s < per; s++) {
+            const uint32_t mask = mine << s * lanes;
             int64_t total = 0;
             for (int d = 0; d < DIGITS; d++) {
-                int32_t sum = 0;
-                for (int64_t i = s * parts; i < (s + 1) * parts; i++) sum += sums[d][i];
-                steps[s].starts[d][0] = sum * job.low;
+                const int32_t sum = _mm512_mask_reduce_add_epi32(mask & 0xffff, of_low[d]) +
+                                    _mm512_mask_reduce_add_epi32(mask >> 16, of_high[d]);
+                _mm_store_si128((__m128i*)steps[s].starts[d], _mm_setr_epi32(sum * job.low, 0, 0, 0));
                 total += (int64_t)sum << 8 * d;
             }
             steps[s].total = (float)total;
