@@ -219,10 +219,10 @@ template <int DIGITS> struct Codes : Panels {
         const float* xs[BATCH];
         for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
         memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
-        Ahead ahead(task, scratch, PANEL, turns * (PANEL / 8));
+        Ahead ahead(task, scratch, PANEL, turns);
         for (int64_t panel = 0; panel < inputs.panels; panel++) {
-            decode(panel, scratch);
             ahead.to_panel(panel);
+            decode(panel, scratch, ahead);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
                 with_constant<TURN>(b - a, [&](auto tokens) {
@@ -256,6 +256,7 @@ template <int DIGITS> struct Codes : Panels {
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) sums[p][v] = start;
             }
+            static_assert(PANEL / 8 == Ahead::ASKS);
             for (int64_t i = 0; i < inputs.step / 8; i++, weights += 2 * VECTORS) {
                 ahead.ask();
 #pragma GCC unroll 2
@@ -290,20 +291,26 @@ template <int DIGITS> struct Codes : Panels {
     }
 
     // Rows of a weight in a panel: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16 rows.
-    void decode(int64_t panel, Scratch& scratch) const {
+    void decode(int64_t panel, Scratch& scratch, Ahead& ahead) const {
         const Z low = _mm512_set1_epi8(15), flip = this->flip();
         for (int v = 0; v < VECTORS; v++)
             for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
                 Z words[16];
                 read_words(scratch, v, panel * PANEL + half * 64, words);
                 Z* const to = (Z*)scratch.panel.data + v + half * 16 * VECTORS;
-                if (job.bits == 4)
+                const auto each = [&](auto&& put) __attribute__((always_inline)) {
+#pragma GCC unroll 16
                     for (int i = 0; i < 16; i++) {
+                        if (half == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
+                        put(i);
+                    }
+                };
+                if (job.bits == 4)
+                    each([&](int i) {
                         to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
                         to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
-                    }
-                else
-                    for (int i = 0; i < 16; i++) to[i * VECTORS] = _mm512_xor_si512(words[i], flip);
+                    });
+                else each([&](int i) { to[i * VECTORS] = _mm512_xor_si512(words[i], flip); });
             }
     }
 };

@@ -95,22 +95,24 @@ struct Panels {
         transpose(words);
     }
 
-    // The rows to come, which are asked for bit by bit while panels are multiplied, from the first byte to the last: the
-    // processor reads ahead only what follows on itself, and waits where it is asked for much at once.
+    // The rows to come, from the first byte to the last, a bit at a time: the processor reads ahead only what follows on
+    // itself, and waits where it is asked for much at once. So does it while a panel is decoded, and in every turn of
+    // rows of x that it is multiplied with.
     struct Ahead {
-        const uint8_t *const start, *next, *end;
-        const int64_t bytes, each; // of a panel
+        static constexpr int ASKS = 16;                   // times in a turn
+        static constexpr int PER_VECTOR = ASKS / VECTORS; // and in what is decoded at once
 
-        // `times`: how often it is asked in a panel of so many columns.
-        Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t times)
-            : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), end(start),
-              bytes(AT_ONCE * columns * task.job.bits / 8), each((bytes + 64 * times - 1) / (64 * times) * 64) {}
+        const uint8_t *const start, *next, *due;
+        const int64_t bytes, each; // of a panel, and of a time
 
-        void to_panel(int64_t panel) { next = start + panel * bytes, end = next + bytes; }
+        Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns)
+            : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), due(start),
+              bytes(AT_ONCE * columns * task.job.bits / 8), each((bytes + (turns + 1) * ASKS - 1) / ((turns + 1) * ASKS)) {}
+
+        void to_panel(int64_t panel) { next = due = start + panel * bytes; }
 
         void ask() {
-            for (const uint8_t* const stop = std::min(next + each, end); next < stop; next += 64)
-                __builtin_prefetch(next, 0, 2);
+            for (due += each; next < due; next += 64) __builtin_prefetch(next, 0, 2);
         }
     };
 

@@ -44,10 +44,10 @@ struct Tiles : Panels {
         const float* xs[BATCH];
         for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
         memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
-        Ahead ahead(task, scratch, PANEL, turns * (PANEL / 8));
+        Ahead ahead(task, scratch, PANEL, turns);
         for (int64_t panel = 0; panel < panels; panel++) {
-            decode(panel, scratch);
             ahead.to_panel(panel);
+            decode(panel, scratch, ahead);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
                 with_constant<TOKENS>(b - a, [&](auto tokens) {
@@ -73,7 +73,7 @@ struct Tiles : Panels {
             for (int v = 0; v < VECTORS; v++) sums[t][v] = F{};
         }
         for (int64_t i = 0; i < PANEL; i++, weights += VECTORS) {
-            if (i % 8 == 0) ahead.ask();
+            if (i % (PANEL / Ahead::ASKS) == 0) ahead.ask();
             F w[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) w[v] = weights[v];
@@ -96,8 +96,9 @@ struct Tiles : Panels {
     // How codes become values: fields of a table of 16, of 4 bits or in bytes; integers; fields of a larger table.
     enum Values { NIBBLES, FEW, SIGNED, UNSIGNED, MANY };
 
-    void decode(int64_t panel, Scratch& scratch) const {
+    void decode(int64_t panel, Scratch& scratch, Ahead& ahead) const {
         for (int v = 0; v < VECTORS; v++) {
+            for (int i = 0; i < Ahead::PER_VECTOR; i++) ahead.ask();
             Z* const words = (Z*)scratch.words.data + 16 * v; // of 4 bits, there are enough for two panels
             if (job.bits != 4 || panel % 2 == 0) {
                 Z read[16];
