@@ -23,7 +23,7 @@ class Device:
     bf16: float
     """Products per second of the library's bfloat16 matmul, weights prepacked where that is usual."""
     packed: float
-    """Products per second of a kernel that decodes weights on the way: float32 on CPUs, tensor cores on GPUs."""
+    """Products per second of a kernel that decodes weights on the way: as float32 on CPUs, by tensor cores on GPUs."""
     int8: float
     """Products of int8 codes per second."""
     fp8: float | None = None
@@ -70,7 +70,8 @@ def probe(nbytes: int = _BYTES, size: int = 1024) -> Device:
     """Measure the CPU at hand, with as many threads as torch uses now; takes about a second and `nbytes` of memory.
 
     The best of a few rounds each: torch's fastest reduction over an array that caches do not hold, and products of
-    square matrices. `packed` is taken to be the float32 rate, which it cannot exceed.
+    square matrices. `packed` is taken to be the float32 rate: kernels that take floats apart for integer instructions
+    may do a third more, others do less.
 
     Args:
         nbytes: of the array; several times the last cache, or bandwidth is that of the cache.

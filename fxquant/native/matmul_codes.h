@@ -120,7 +120,7 @@ template <int DIGITS> struct Codes : Panels {
         for (int m = 0; m < M; m++) xs[m] = task.x_row(m);
         for (int64_t row = 0; row < std::min(task.each, EACH / SETS); row++) {
             F totals[(M + 3) / 4][SETS];
-            with_flag(job.zero, [&](auto affine) { fused<M, NIBBLES, affine>(row, xs, scratch, totals); });
+            fused<M, NIBBLES>(row, xs, scratch, totals);
             for (int m = 0; m < M; m++)
                 for (int i = 0; i < SETS; i++)
                     for (int r = 0; r < ROWS; r++)
@@ -133,7 +133,7 @@ template <int DIGITS> struct Codes : Panels {
     }
 
     // Few rows of x with one or two rows of each stream.
-    template <int M, bool NIBBLES, bool AFFINE>
+    template <int M, bool NIBBLES>
     __attribute__((noinline)) void fused(int64_t row, const float* const* xs, const Scratch& scratch,
                                          F (&found)[(M + 3) / 4][sets(M)]) const {
         static_assert(ROWS == 4 && DIGITS == 1);
@@ -191,23 +191,27 @@ template <int DIGITS> struct Codes : Panels {
                     } else multiply([&](Z v) { return _mm512_xor_si512(v, flip); }, 0);
                 }
                 for (; column >= end; end += job.block) scales++, offsets++;
+                const auto finish = [&](auto affine) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-                for (int i = 0; i < SETS; i++) {
-                    const F scale = by_row(scales + i * EACH / SETS * room, EACH * room);
-                    const F offset = AFFINE ? by_row(offsets + i * EACH / SETS * room, EACH * room) : F{};
-                    const auto add = [&](auto from) __attribute__((always_inline)) {
-                        constexpr int FROM = from, N = M - FROM < 4 ? M - FROM : 4;
-                        const auto lanes = [&](int m) { return sums[FROM + (m < N ? m : 0)][i]; };
-                        const Z sum = add_lanes(lanes(0), lanes(1), lanes(2), lanes(3));
-                        F of_x{}, own{};
-                        if (AFFINE) of_x = by_token<N>([&](int m) { return step(FROM + m).total; });
-                        if (!one_scale) own = by_token<N>([&](int m) { return step(FROM + m).scale; });
-                        F& total = totals[FROM / 4][i];
-                        total = added<AFFINE>(total, value(&sum, 1), scale, offset, of_x, own);
-                    };
-                    add(std::integral_constant<int, 0>{});
-                    if constexpr (M > 4) add(std::integral_constant<int, 4>{});
-                }
+                    for (int i = 0; i < SETS; i++) {
+                        const F scale = by_row(scales + i * EACH / SETS * room, EACH * room);
+                        const F offset = affine ? by_row(offsets + i * EACH / SETS * room, EACH * room) : F{};
+                        const auto add = [&](auto from) __attribute__((always_inline)) {
+                            constexpr int FROM = from, N = M - FROM < 4 ? M - FROM : 4;
+                            const auto lanes = [&](int m) { return sums[FROM + (m < N ? m : 0)][i]; };
+                            const Z sum = add_lanes(lanes(0), lanes(1), lanes(2), lanes(3));
+                            F of_x{}, own{};
+                            if (affine) of_x = by_token<N>([&](int m) { return step(FROM + m).total; });
+                            if (!one_scale) own = by_token<N>([&](int m) { return step(FROM + m).scale; });
+                            F& total = totals[FROM / 4][i];
+                            total = added<affine>(total, value(&sum, 1), scale, offset, of_x, own);
+                        };
+                        add(std::integral_constant<int, 0>{});
+                        if constexpr (M > 4) add(std::integral_constant<int, 4>{});
+                    }
+                };
+                if (job.zero) finish(std::true_type{});
+                else finish(std::false_type{});
             }
             for (int m = 0; m < M; m++) x[m] += inputs.stride;
         }
@@ -225,11 +229,7 @@ template <int DIGITS> struct Codes : Panels {
             decode(panel, scratch, ahead);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
-                with_constant<TURN>(b - a, [&](auto tokens) {
-                    with_flag(job.zero, [&](auto affine) {
-                        multiply<tokens, NIBBLES, affine>(panel, xs + a, a, scratch, ahead);
-                    });
-                });
+                with_constant<TURN>(b - a, [&](auto tokens) { multiply<tokens, NIBBLES>(panel, xs + a, a, scratch, ahead); });
             }
         }
         for (int64_t i = 0; i < count; i++) {
@@ -240,7 +240,7 @@ template <int DIGITS> struct Codes : Panels {
     }
 
     // Some rows of x with a panel, added to what there is of them.
-    template <int T, bool NIBBLES, bool AFFINE>
+    template <int T, bool NIBBLES>
     __attribute__((noinline)) void multiply(int64_t panel, const float* const* xs, int64_t token, Scratch& scratch,
                                             Ahead& ahead) const {
         constexpr int PLANES = T * DIGITS;
@@ -276,17 +276,21 @@ template <int DIGITS> struct Codes : Panels {
             const int64_t block = std::min((panel * PANEL + s * inputs.step) / job.block, blocks - 1) * AT_ONCE;
             const float* const scales = scratch.scales_by_block.data + block;
             const float* const offsets = scratch.offsets_by_block.data + block;
+            const auto finish = [&](auto affine) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                float* const totals = scratch.totals.data + (token + t) * AT_ONCE;
-                const Step& mine = inputs.steps(xs[t], panel)[s];
+                for (int t = 0; t < T; t++) {
+                    const Step& mine = inputs.steps(xs[t], panel)[s];
+                    const F of_x = all(mine.total), own = all(mine.scale);
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) {
-                    float* const to = totals + v * LANES;
-                    const F sum = value(&sums[t * DIGITS][v], VECTORS), offset = AFFINE ? load(offsets + v * LANES) : F{};
-                    store(to, added<AFFINE>(load(to), sum, load(scales + v * LANES), offset, all(mine.total), all(mine.scale)));
+                    for (int v = 0; v < VECTORS; v++) {
+                        float* const to = scratch.totals.data + (token + t) * AT_ONCE + v * LANES;
+                        const F sum = value(&sums[t * DIGITS][v], VECTORS), scale = load(scales + v * LANES);
+                        store(to, added<affine>(load(to), sum, scale, affine ? load(offsets + v * LANES) : F{}, of_x, own));
+                    }
                 }
-            }
+            };
+            if (job.zero) finish(std::true_type{});
+            else finish(std::false_type{});
         }
     }
 
