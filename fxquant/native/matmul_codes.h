@@ -3,8 +3,8 @@
 //
 // 64 rows and 128 columns of the weight, a panel, are decoded at a time: the lanes of a vector are 16 rows, and have 4
 // columns each, as `vpdpbusd` takes them, and a panel stays in the first-level cache until it has been multiplied with
-// everything. For few rows of int8 codes, less than that takes longer than to add up 4 lanes for every sum: rows of the
-// weight are decoded in registers instead, where a vector has 16 bytes of each of 4 rows.
+// everything. With few rows of int8 codes that takes longer than the products. Rows of the weight are then decoded in
+// registers: a vector has 16 bytes of each of 4 rows, and the 4 lanes of a row are added up before they become floats.
 //
 // Either way rows of y are the same whatever other rows there are, and however many threads.
 
@@ -54,8 +54,8 @@ template <int N, class Number> inline F by_token(const Number& number) {
 template <int DIGITS> struct Codes : Panels {
     using Step = typename Inputs<DIGITS>::Step;
     static constexpr int64_t PANEL = Inputs<DIGITS>::PANEL;
-    static constexpr int FEW = 8;                // rows of x, where codes are decoded in registers
-    static constexpr int TURN = TOKENS / DIGITS; // and those that are multiplied with a panel at a time
+    static constexpr int FEW = 8;                // the most rows of x with which codes are decoded in registers
+    static constexpr int TURN = TOKENS / DIGITS; // rows of x that are multiplied with a panel at a time
 
     const Inputs<DIGITS> inputs;
     const int64_t units;
@@ -110,7 +110,7 @@ template <int DIGITS> struct Codes : Panels {
         return multiply_add(DIGITS == 1 && one_scale ? sum : sum * own, scale, total);
     }
 
-    // Sets of 4 rows of the weight that are multiplied at once: of more, a number of x is read for more rows.
+    // Sets of 4 rows of the weight that are multiplied at once. With two, what is read of x serves 8 rows.
     static constexpr int sets(int m) { return m > 3 ? 2 : 1; }
 
     template <int M, bool NIBBLES> void few(const Task& task, const Scratch& scratch) const {
