@@ -33,9 +33,9 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
 
     W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
     are in float32, rounded once. Where x is quantized, or is bfloat16 or float16 and has at least 4 rows, products with
-    integers are added up as integers, exactly, over up to 128 columns under one scale, on processors with AVX512-VNNI.
-    There the floats of x are whole numbers of 24 bits, so that they are off by about 2**-23 of the largest of these
-    columns: in bfloat16 none is that is not 2**14 times smaller than it, in float16 none that is not 2**11 times.
+    integers are added up as integers, exactly, over up to 128 columns under one scale, on processors with AVX512-VNNI;
+    with floats, if 32 columns or more have one scale. These are whole numbers of 24 bits there, off by about 2**-23 of
+    the largest of those columns: in bfloat16 none is that is not 2**14 times smaller than it, in float16 2**11 times.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for
