@@ -47,30 +47,37 @@ template <class K> void run_span(const K& kernel, Task& task, typename K::Scratc
     }
 }
 
-// False, and nothing is written, where rows of x are not for the kernel.
-template <class K> bool multiply(const Product& job) {
-    const K kernel(job);
-    const Slots slots(job);
-    const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
+// All tasks, after so many pieces of x, `width` floats each, have been spread. `x_of` tells where an expert's begin. False,
+// and nothing is written, where a piece is not for the kernel.
+template <class K, class Spread, class Where>
+bool run_tasks(const K& kernel, const Slots& slots, int64_t pieces, int64_t width, const Spread& spread, const Where& x_of) {
+    const Product& job = kernel.job;
     const int64_t span = span_of(job, slots.experts.size()), spans = (job.rows + span - 1) / span;
     // In a row, since what is read ahead of a span is that of the next.
     const int64_t tasks = slots.experts.size() * spans, together = std::max<int64_t>(tasks / (4 * job.threads), 1);
-    Buffer<float> x(inputs * width);
+    Buffer<float> x(pieces * width);
     bool taken = true;
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
     {
 #pragma omp for schedule(static) reduction(&& : taken)
-        for (int64_t i = 0; i < inputs; i++) taken = kernel.spread(i, x.data + i * width) && taken;
+        for (int64_t i = 0; i < pieces; i++) taken = spread(i, x.data + i * width) && taken;
         typename K::Scratch scratch(kernel.room);
 #pragma omp for schedule(dynamic, together)
         for (int64_t t = 0; t < (taken ? tasks : 0); t++) {
             const int64_t i = t / spans, first = t % spans * span, last = std::min(first + span, job.rows) - 1;
             const int64_t* const mine = slots.order.data() + slots.starts[i];
-            Task task{job, slots.experts[i], first, 0, last, 0, 0, mine, slots.starts[i + 1] - slots.starts[i], x.data, width};
+            const int64_t count = slots.starts[i + 1] - slots.starts[i];
+            Task task{job, slots.experts[i], first, 0, last, 0, 0, mine, count, x.data + x_of(i) * width, width};
             run_span(kernel, task, scratch);
         }
     }
     return taken;
+}
+
+template <class K> bool multiply(const Product& job) {
+    const K kernel(job);
+    const auto spread = [&](int64_t row, float* to) { return kernel.spread(row, to); };
+    return run_tasks(kernel, Slots(job), job.slots / job.picks, spread_width(kernel.units), spread, [](int64_t) { return 0; });
 }
 
 template <bool AFFINE> void multiply_wide(const Product& job) {
@@ -79,6 +86,52 @@ template <bool AFFINE> void multiply_wide(const Product& job) {
     else if (job.low) multiply<Kernel<Signed8<AFFINE>>>(job);
     else multiply<Kernel<Wide<8, AFFINE>>>(job);
 }
+
+#ifdef FXQUANT_AMX
+// With more rows of bfloat16, values count as what they are in bfloat16, as when a weight is decoded first.
+constexpr int64_t MANY = 16;
+
+// The rows of x, or fewer, with which other kernels are faster than matrix units.
+int64_t fewest_for_amx(const Product& job) { return job.bits == 4 || (job.bits == 8 && !job.kind) ? 8 : 4; }
+
+// Rows of x in turns, each of one expert.
+template <class Numbers> bool multiply_in_turns(const Product& job, const Numbers& numbers) {
+    constexpr int64_t TURN = Numbers::TURN;
+    const Amx<Numbers> kernel(numbers);
+    const Slots slots(job);
+    std::vector<int64_t> first(1), starts, counts; // of each expert, its first turn; of each turn, its first slot
+    for (size_t i = 0; i < slots.experts.size(); i++) {
+        for (int64_t at = slots.starts[i], end = slots.starts[i + 1]; at < end; at += TURN)
+            starts.push_back(at), counts.push_back(std::min(end - at, TURN));
+        first.push_back(starts.size());
+    }
+    const auto spread = [&](int64_t turn, float* to) {
+        return numbers.spread(slots.order.data() + starts[turn], counts[turn], to);
+    };
+    const auto x_of = [&](int64_t expert) { return first[expert]; };
+    return run_tasks(kernel, slots, starts.size(), spread_width(kernel.units), spread, x_of);
+}
+
+// Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by.
+template <class Numbers, class... Arguments> bool multiply_in_parts(const Product& job, Arguments... arguments) {
+    constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Panels::BATCH / TURN;
+    if (job.ids) return multiply_in_turns(job, Numbers(job, arguments...));
+    const int64_t turns = (job.slots + TURN - 1) / TURN;
+    const int64_t fitting = CACHE / (Numbers(job, arguments...).units * 64);
+    const int64_t most = std::min(std::max<int64_t>(fitting, 4), MOST), times = (turns + most - 1) / most;
+    for (int64_t i = 0; i < times; i++) {
+        const int64_t from = i * turns / times * TURN, end = std::min((i + 1) * turns / times * TURN, job.slots);
+        Product part = job;
+        part.slots = end - from;
+        part.x = (const char*)job.x + from * job.x_stride * (job.x_codes == 1 ? 1 : job.x_type ? 2 : 4);
+        part.x_scales = job.x_codes == 1 ? job.x_scales + from * job.x_scales_stride : job.x_scales;
+        part.y = (char*)job.y + from * job.y_stride * (job.dtype ? 2 : 4);
+        if (!multiply_in_turns(part, Numbers(part, arguments...))) return false;
+    }
+    return true;
+}
+
+#endif
 
 #ifdef FXQUANT_CODES
 // The rows of x, or fewer, with which it is slower to take floats apart into digits. In float32 they are multiplied as
@@ -104,6 +157,9 @@ extern "C" int fxquant_multiplies(int dtype) {
 // The most rows of x, of this dtype, with which this is faster than to decode the weight and leave the product to the
 // vendor's library, in float32 where there are no instructions for the dtype.
 extern "C" int64_t fxquant_most_rows(int dtype) {
+#ifdef FXQUANT_AMX
+    if (has_tiles()) return 1ll << 40;
+#endif
     if (dtype && fxquant_multiplies(dtype)) return 16;
 #ifdef FXQUANT_AVX512
     return 1024;
@@ -123,6 +179,13 @@ extern "C" int fxquant_multiplies_codes() {
 
 extern "C" void fxquant_multiply(const Product* job) {
     const auto more_than = [&](int64_t rows) { return job->slots > rows * (job->ids ? job->experts : 1); };
+#ifdef FXQUANT_AMX
+    if (more_than(job->x_codes ? Codes<1>::FEW : fewest_for_amx(*job)) && has_tiles()) {
+        if (job->x_codes) return (void)multiply_in_parts<AmxCodes>(*job);
+        const int pieces = job->x_type == 0 ? 3 : job->x_type == 1 && more_than(MANY) ? 1 : 2; // of a value
+        if (multiply_in_parts<AmxFloats>(*job, pieces)) return;
+    }
+#endif
 #ifdef FXQUANT_CODES
     if (job->x_codes) return (void)multiply<Codes<1>>(*job);
     if (more_than(fewest_for_digits(*job)) && multiply<Codes<3>>(*job)) return;

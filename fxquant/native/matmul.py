@@ -22,7 +22,7 @@ from fxquant.scheme import Scheme
 _SOURCES = (
     *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
     *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
-    *("matmul_tiles.h", "matmul.cpp", "gated.cpp"),
+    *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h", "matmul.cpp", "gated.cpp"),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""

@@ -51,6 +51,17 @@ template <int N, class Number> inline F by_token(const Number& number) {
     return (F)v;
 }
 
+// `total` and the sum of a step times its scales; the one of x is `own`, and comes later where a row has one. Zeros or
+// biases meet the sum of x.
+template <bool AFFINE>
+inline F add_sum(F total, F sum, F scale, F offset, F of_x, F own, int zero, bool one_scale) {
+    if (AFFINE) {
+        sum = zero == 1 ? negative_multiply_add(offset, of_x, sum) * scale : multiply_add(offset, of_x, sum * scale);
+        return one_scale ? total + sum : multiply_add(sum, own, total);
+    }
+    return multiply_add(one_scale ? sum : sum * own, scale, total);
+}
+
 template <int DIGITS> struct Codes : Panels {
     using Step = typename Inputs<DIGITS>::Step;
     static constexpr int64_t PANEL = Inputs<DIGITS>::PANEL;
@@ -101,13 +112,8 @@ template <int DIGITS> struct Codes : Panels {
         }
     }
 
-    // `total` and the sum of a step times its scales; the one of x is `own`. Zeros or biases meet the sum of x.
     template <bool AFFINE> F added(F total, F sum, F scale, F offset, F of_x, F own) const {
-        if (AFFINE) {
-            sum = job.zero == 1 ? negative_multiply_add(offset, of_x, sum) * scale : multiply_add(offset, of_x, sum * scale);
-            return DIGITS == 1 && one_scale ? total + sum : multiply_add(sum, own, total);
-        }
-        return multiply_add(DIGITS == 1 && one_scale ? sum : sum * own, scale, total);
+        return add_sum<AFFINE>(total, sum, scale, offset, of_x, own, job.zero, DIGITS == 1 && one_scale);
     }
 
     // Sets of 4 rows of the weight that are multiplied at once. With two, what is read of x serves 8 rows.

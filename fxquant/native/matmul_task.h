@@ -35,9 +35,10 @@ inline int64_t spread_width(int64_t units) { return (units * LANES + 1023) / 102
 inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline void store_as(void* to, int dtype, int64_t at, F v, int64_t count) {
-    if (dtype == 0) store_some((float*)to + at, v, count);
-    else if (dtype == 1) store_some((Bf16*)to + at, v, count);
-    else store_some((Fp16*)to + at, v, count);
+    const auto put = [&](auto* typed) { count == LANES ? store(typed + at, v) : store_some(typed + at, v, count); };
+    if (dtype == 0) put((float*)to);
+    else if (dtype == 1) put((Bf16*)to);
+    else put((Fp16*)to);
 }
 
 // AT_ONCE rows of one expert, and the slots that they are multiplied for. They are of four streams, which are as many

@@ -1,0 +1,226 @@
+// Floats of x and any element for matrix units, in pieces: a float32 is the sum of three bfloat16, a float16 of two, and
+// so is each value of an element, most of them of one. Products of pieces are exact; what they do not count is smaller
+// than 2^-24 of the product, or, where values may have fewer pieces, than 2^-16 or 2^-8.
+
+#ifdef FXQUANT_AMX
+
+namespace {
+
+struct AmxFloats : Panels {
+    static constexpr int64_t PANEL = 128, CHUNK = 32; // columns; of a tile
+    static constexpr int64_t TURN = 16;               // rows of x that are multiplied with a panel at a time
+    static constexpr int MOST = 3;                    // pieces
+    static constexpr int64_t TILE = 1024, CHUNKS = PANEL / CHUNK, PIECE = VECTORS * CHUNKS * TILE; // bytes; of a panel
+    static constexpr int64_t ROOM = MOST * PIECE;
+
+    const int64_t panels;       // of a row
+    const int64_t step, per;    // columns under one scale, and how many such steps a panel has
+    const int x_pieces;         // of a float of x
+    const int64_t x_sums;       // bytes of a turn's tiles of a panel, behind which there are sums of steps
+    const int64_t stride;       // bytes of a panel of a turn
+    const int64_t units;        // of a turn
+    int pieces = 1;             // of a value of the element
+    Z tables[MOST][2];          // of up to 64 values, their pieces
+    Z places, shifts;           // bytes that have a field, and where it begins in them
+
+    // `counted` pieces of a value at most.
+    AmxFloats(const Product& j, int counted)
+        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), per(PANEL / step),
+          x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * TILE),
+          stride(x_sums + per * TURN * 4), units(panels * stride / 64) {
+        if (j.bits < 8) make_tables(counted);
+        uint16_t shift[32];
+        uint8_t place[64];
+        for (int lane = 0; lane < 32; lane++) {
+            const int bit = j.bits * column(lane), first = bit / 8 - lane / 16 * 2 * j.bits;
+            place[2 * lane] = (uint8_t)first, place[2 * lane + 1] = (uint8_t)std::min(first + 1, 15);
+            shift[lane] = (uint16_t)(j.bits == 4 ? bit % 16 : bit % 8);
+        }
+        places = _mm512_loadu_si512(place), shifts = _mm512_loadu_si512(shift);
+    }
+
+    static int64_t step_of(const Product& job) {
+        int64_t step = PANEL;
+        while (job.block < job.columns && job.block % step) step /= 2;
+        return step;
+    }
+
+    int64_t tile_bytes() const { return std::min(step, CHUNK) * 2; }
+
+    // Products of a step with a tile of x and, four times, one of the weight.
+    int64_t products() const { return step / std::min(step, CHUNK) * pairs(); }
+
+    // Of pieces of x and of values: those of which one is too small beside the other do not count.
+    int64_t pairs() const {
+        int64_t count = 0;
+        for (int p = 0; p < x_pieces; p++) count += std::min(pieces, MOST - p);
+        return count;
+    }
+
+    // `product` with where its tiles begin in a turn's panel and in the first piece of the weight's.
+    template <class Each> void each_product(int64_t s, const Each& product) const {
+        for (int64_t c = s * step; c < (s + 1) * step; c += CHUNK)
+            for (int p = 0; p < x_pieces; p++)
+                for (int q = 0; q < pieces && p + q < MOST; q++)
+                    product((p * CHUNKS + c / CHUNK) * TILE + c % CHUNK * 32, q * PIECE + c / CHUNK * TILE + c % CHUNK * 2);
+    }
+
+    template <int SUMS, int W> static void multiply() { add_tile_products<SUMS, W, 4>(); }
+
+    // Of 32, the column of a lane of 16 bits. Fields of 4 bits come from words of 16 bits, all their first fields first.
+    int column(int lane) const {
+        if (job.bits != 4) return lane;
+        const int words = step < CHUNK ? 4 : 8, first = lane / (4 * words) * 4 * words;
+        return first + lane % words * 4 + lane / words % 4;
+    }
+
+    // 32 floats in bfloat16.
+    static Z rounded_pair(F low, F high) { return (Z)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+    void make_tables(int counted) {
+        const int patterns = std::max(1 << job.bits, LANES);
+        float rest[64];
+        for (int i = 0; i < 64; i++) rest[i] = job.values[i % patterns];
+        for (int p = 0; p < MOST; p++)
+            for (int half = 0; half < 2; half++) {
+                tables[p][half] = rounded_pair(load(rest + 32 * half), load(rest + 32 * half + LANES));
+                uint16_t bits[32];
+                _mm512_storeu_si512(bits, tables[p][half]);
+                for (int i = 0; i < 32; i++) {
+                    float& own = rest[32 * half + i];
+                    own -= as<float>((uint32_t)bits[i] << 16);
+                    if (own != 0) pieces = std::min(p + 2, counted);
+                }
+            }
+    }
+
+    // Up to 16 rows of x as tiles: words of two columns, row by row. False where floats are not the sums of their pieces.
+    bool spread(const int64_t* slots, int64_t count, float* to) const {
+        uint16_t columns[32];
+        for (int lane = 0; lane < 32; lane++) columns[lane] = (uint16_t)column(lane);
+        const Z order = _mm512_loadu_si512(columns);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            uint8_t* const at = (uint8_t*)to + panel * stride;
+            float* const sums = (float*)(at + x_sums);
+            memset(sums, 0, per * TURN * sizeof(float));
+            F top[TURN] = {};
+            for (int64_t c = 0; c < PANEL; c += CHUNK) {
+                Z words[MOST][TURN] = {};
+                for (int64_t i = 0; i < count; i++) {
+                    F v[2];
+                    for (int half = 0; half < 2; half++) {
+                        v[half] = some_of_x(slots[i] / job.picks, panel * PANEL + c + half * LANES);
+                        const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v[half], (__m512)v[half], _CMP_UNORD_Q);
+                        if (nan) return false;
+                        top[i] = most(top[i], (F)_mm512_abs_ps((__m512)v[half]));
+                        if (job.zero) sums[(c + half * LANES) / step * TURN + i] += sum(v[half]);
+                    }
+                    for (int p = 0; p < x_pieces; p++) {
+                        const Z piece = rounded_pair(v[0], v[1]);
+                        words[p][i] = _mm512_permutexvar_epi16(order, piece);
+                        v[0] -= (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(piece)), 16);
+                        v[1] -= (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(piece, 1)), 16);
+                    }
+                }
+                for (int p = 0; p < x_pieces; p++) {
+                    transpose(words[p]);
+                    memcpy(at + (p * CHUNKS + c / CHUNK) * TILE, words[p], TILE);
+                }
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const float largest = _mm512_reduce_max_ps((__m512)top[i]);
+                // Matrix units take what is smaller than 2^-126 for zero: it has to be small beside the largest.
+                if (!(largest < 0x1p100f) || (largest && largest < 0x1p-80f)) return false;
+            }
+        }
+        return true;
+    }
+
+    F some_of_x(int64_t row, int64_t column) const {
+        const int64_t count = std::min<int64_t>(job.columns - column, LANES);
+        return count > 0 ? floats(job.x, job.x_type, row * job.x_stride + column, count) : F{};
+    }
+
+    // The total and a step's sums, of a row of the weight and all rows of x of a turn.
+    template <bool AFFINE>
+    F added(F total, const float* sums, float scale, float offset, const uint8_t* x, int64_t s) const {
+        const F sum = load(sums);
+        if (!AFFINE) return multiply_add(sum, all(scale), total);
+        const F of_x = load((const float*)(x + x_sums) + s * TURN);
+        if (job.zero == 1) return multiply_add(negative_multiply_add(all(offset), of_x, sum), all(scale), total);
+        return multiply_add(sum, all(scale), multiply_add(all(offset), of_x, total));
+    }
+
+    static F last(F total, const uint8_t*) { return total; }
+
+    // Bytes that are read behind a panel of a row.
+    static constexpr int64_t behind(int64_t bits) { return bits == 4 || bits == 8 ? 0 : 16; }
+
+    template <class Function> void with_decoder(const Function& function) const {
+        if (job.bits == 8) {
+            if (job.kind == 2) return function(Eight<E4M3>{});
+            if (job.kind == 3) return function(Eight<E5M2>{});
+            if (job.low) return function(Eight<SIGNED>{});
+            return function(Eight<UNSIGNED>{});
+        }
+        with_constant<MOST>(pieces, [&](auto p) {
+            if (job.bits == 6) function(Fields<SIXES, p>(*this));
+            else if (job.bits != 4) function(Fields<FEWER, p>(*this));
+            else if (step < CHUNK) function(Fields<FOURS_BY_16, p>(*this));
+            else function(Fields<FOURS, p>(*this));
+        });
+    }
+
+    enum { FOURS, FOURS_BY_16, FEWER, SIXES, E4M3, E5M2, SIGNED, UNSIGNED };
+
+    // 32 fields, by the tables of their pieces.
+    template <int KIND, int P> struct Fields {
+        Z shifts, places, low[P], high[P];
+        int64_t bits;
+
+        explicit Fields(const AmxFloats& of) : shifts(of.shifts), places(of.places), bits(of.job.bits) {
+            for (int p = 0; p < P; p++) low[p] = of.tables[p][0], high[p] = of.tables[p][1];
+        }
+
+        void operator()(const uint8_t* from, uint8_t* to) const {
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < CHUNKS; c++) decode(from + c * 4 * bits, to + c * TILE);
+        }
+
+        void decode(const uint8_t* from, uint8_t* to) const {
+            Z words;
+            if (KIND == FOURS) words = repeated(from);
+            else if (KIND == FOURS_BY_16)
+                words = _mm512_inserti64x4(_mm512_set1_epi64(read<int64_t>(from)), _mm256_set1_epi64x(read<int64_t>(from + 8)), 1);
+            else {
+                const __m256i behind = _mm256_broadcastsi128_si256(read<__m128i>(from + 2 * bits));
+                words = _mm512_shuffle_epi8(_mm512_inserti64x4(repeated(from), behind, 1), places);
+            }
+            const Z fields = _mm512_srlv_epi16(words, shifts);
+#pragma GCC unroll 3
+            for (int p = 0; p < P; p++)
+                _mm512_store_si512(to + p * PIECE, KIND == SIXES ? _mm512_permutex2var_epi16(low[p], fields, high[p])
+                                                                 : _mm512_permutexvar_epi16(fields, low[p]));
+        }
+    };
+
+    // 32 bytes, of which each is one bfloat16.
+    template <int KIND> struct Eight {
+        static F values(__m128i codes) {
+            if (KIND == E4M3 || KIND == E5M2) return Float8<KIND == E4M3>::value_of(codes);
+            return (F)_mm512_cvtepi32_ps(KIND == SIGNED ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes));
+        }
+
+        void operator()(const uint8_t* from, uint8_t* to) const {
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < PANEL; c += CHUNK) {
+                const F low = values(read<__m128i>(from + c)), high = values(read<__m128i>(from + c + LANES));
+                _mm512_store_si512(to + c / CHUNK * TILE, rounded_pair(low, high));
+            }
+        }
+    };
+};
+
+} // namespace
+
+#endif
