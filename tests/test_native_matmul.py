@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import warnings
 
@@ -61,7 +62,7 @@ def product(x: Tensor, planes: dict[str, Tensor], scheme: Scheme, n: int, bias: 
     """By the compiled kernels, also with so many rows that a processor may be faster without them."""
     with pytest.MonkeyPatch.context() as patch, native.from_size(0):
         if built := matmul.library():
-            patch.setattr(built, "fxquant_most_rows", lambda dtype: 1024)
+            patch.setattr(built, "fxquant_most_rows", lambda dtype: max(1024, x.numel()))
         y = native.linear(x, planes, scheme, n, bias)
     assert y is not None, "not covered"
     return y
@@ -90,7 +91,7 @@ def test_product_is_that_of_the_decoded_weight(spelling: str, data: st.DataObjec
     scheme, unit = Scheme.parse(spelling), COVERED[spelling]
     n = data.draw(st.integers(1, 40), "rows of the weight")
     k = unit * data.draw(st.integers(1, max(300 // unit, 3)), "units")
-    rows = data.draw(st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 13, 50, 70, 140)), "rows of x")
+    rows = data.draw(st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 50, 70, 140, 200)), "rows of x")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     planes = random_planes(scheme, n, k, seed=k)
     x = torch.randn(rows, 2 * k)[:, ::2].to(dtype)
@@ -111,7 +112,16 @@ def test_what_is_not_covered_is_left_to_plain_torch(spelling: str) -> None:
         assert native.linear(torch.randn(2, 240), planes, scheme, 8, None) is None
 
 
-def test_tensors_that_are_left_to_plain_torch() -> None:
+def limit_rows(patch: pytest.MonkeyPatch, rows: int) -> ctypes.CDLL:
+    """The library, which asks for no more rows of x, whatever the processor."""
+    built = matmul.library()
+    assert built is not None
+    patch.setattr(built, "fxquant_most_rows", lambda dtype: rows)
+    return built
+
+
+def test_tensors_that_are_left_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_rows(monkeypatch, 64)
     scheme, x = Scheme.parse("int4-g16"), torch.randn(2, 64)
     planes = random_planes(scheme, 8, 64)
     assert native.linear(x, planes, scheme, 8, None) is None, "small"
@@ -121,7 +131,7 @@ def test_tensors_that_are_left_to_plain_torch() -> None:
         assert native.linear(x, {**planes, "scales": planes["scales"].half()}, scheme, 8, None) is None
         assert native.linear(x, {**planes, "codes": planes["codes"][:7]}, scheme, 8, None) is None
         assert native.linear(x, planes, scheme, 8, torch.randn(7)) is None
-        assert native.linear(torch.randn(2000, 64), planes, scheme, 8, None) is None, "many rows"
+        assert native.linear(torch.randn(65, 64), planes, scheme, 8, None) is None, "many rows"
         assert native.linear(torch.randn(64, 64), planes, scheme, 8, None) is not None
         assert native.linear(x.to("meta"), planes, scheme, 8, None) is None
 
@@ -131,10 +141,11 @@ def test_tensors_that_are_left_to_plain_torch() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [True, False])
-def test_many_rows_of_a_short_dtype(spelling: str, dtype: torch.dtype, biased: bool) -> None:
+def test_many_rows_of_a_short_dtype(
+    spelling: str, dtype: torch.dtype, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decoded first where that is compiled too, but not rounded; left to torch where the processor has instructions."""
-    built = matmul.library()
-    assert built is not None
+    built = limit_rows(monkeypatch, 149)
     scheme = Scheme.parse(spelling)
     planes, x = random_planes(scheme, 20, 256), torch.randn(3, 50, 256).to(dtype) / 64
     bias = torch.randn(20) if biased else None
@@ -157,7 +168,17 @@ def test_leading_dimensions_and_strided_planes() -> None:
 
 
 FEW, MORE = (1, 2, 3), (4, 5, 7, 15, 16, 40, 200)
-"""Rows of x, with as many of which a row of the result is the same, whichever kernel."""
+"""Rows of x, with as many of which a row of the result is the same, whichever kernel, but for matrix units."""
+
+
+def alike(scheme: Scheme, calls: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Those of `calls` that matrix units do not take, and those that they do."""
+    built = matmul.library()
+    assert built is not None
+    limit = 8 if scheme.spec.bits == 4 or (scheme.spec.bits == 8 and scheme.spec.kind == "int") else 4
+    if not built.fxquant_has_matrix_units():
+        return [calls]
+    return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]
 
 
 @pytest.mark.parametrize(
@@ -180,11 +201,13 @@ def test_a_row_depends_on_nothing_else(spelling: str, dtype: torch.dtype, calls:
         pytest.skip("no AVX512-VNNI")
     scheme = Scheme.parse(spelling)
     planes, x = random_planes(scheme, 33, 768), torch.randn(max(calls), 768).to(dtype)
-    bias = -product(x, planes, scheme, 33, None)[0].float()
-    whole = product(x, planes, scheme, 33, bias)
-    assert (whole[0].abs() < 0.01 * bias.abs() + 1e-3).all()
-    for rows in calls:
-        assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
+    for some in filter(None, alike(scheme, calls)):
+        most = x[: max(some)]
+        bias = -product(most, planes, scheme, 33, None)[0].float()
+        whole = product(most, planes, scheme, 33, bias)
+        assert (whole[0].abs() < 0.01 * bias.abs() + 1e-3).all()
+        for rows in some:
+            assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
 
 
 INTEGERS = (
@@ -220,6 +243,31 @@ def test_floats_as_whole_numbers_are_off_by_less_than_their_promise(spelling: st
     slack = torch.finfo(dtype).eps / 2 * rest.abs() + held + sums + torch.finfo(dtype).smallest_normal
     finite = rounded.isfinite()
     assert ((rounded.double() + rest - weight @ last).abs() <= slack)[finite].all()
+
+
+@pytest.mark.parametrize("spelling", COVERED)
+def test_matrix_units_round_values_no_more_than_they_say(spelling: str) -> None:
+    """Behind the rounding of results: not at all, if values are bfloat16 or x is float32; else to 16 bits or to 8."""
+    built = matmul.library()
+    if built is None or not built.fxquant_has_matrix_units():
+        pytest.skip("no matrix units")
+    scheme, unit, n = Scheme.parse(spelling), COVERED[spelling], 70
+    k = unit * -(-300 // unit)
+    planes = random_planes(scheme, n, k, seed=k)
+    weight, values = decoded(planes, scheme, n, k), torch.tensor(scheme.spec.values if scheme.spec.kind == "table" else ())
+    exact = torch.equal(values, values.bfloat16().float())
+    for dtype in DTYPES:
+        for rows in (9, 40):
+            x = torch.randn(rows, k).to(dtype)
+            rounded = product(x, planes, scheme, n, None)[-1]
+            rest = product(x, planes, scheme, n, -rounded.float())[-1].double()
+            last = x[-1].double().abs()
+            held = 0 if exact or dtype == torch.float32 else 2.0**-8 if dtype == torch.bfloat16 and rows > 16 else 2.0**-16
+            sums = 2.0**-24 * (k / 4 + 8) * ((weight.abs() + 2 * weight.abs().amax(1, True)) @ last)
+            info = torch.finfo(dtype)
+            slack = info.eps / 2 * rest.abs() + held * (weight.abs() @ last) + sums + info.smallest_normal
+            off = (rounded.double() + rest - weight @ x[-1].double()).abs()
+            assert (off <= slack)[rounded.isfinite()].all(), (dtype, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -341,7 +389,8 @@ def test_experts(spelling: str, data: st.DataObject) -> None:
                 assert not y[t, j].any()
 
 
-def test_experts_that_are_left_to_plain_torch() -> None:
+def test_experts_that_are_left_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_rows(monkeypatch, 1024)
     scheme = Scheme.parse("int4-g64")
     planes, _ = stacked(scheme, 3, 8, 128)
     x, ids = torch.randn(2, 128), torch.zeros(2, 2, dtype=torch.int64)

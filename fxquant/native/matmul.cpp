@@ -114,6 +114,7 @@ template <class Numbers> bool multiply_in_turns(const Product& job, const Number
 
 // Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by.
 template <class Numbers, class... Arguments> bool multiply_in_parts(const Product& job, Arguments... arguments) {
+    if (Numbers(job, arguments...).pairs() > 4) return false; // it is faster in float32
     constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Panels::BATCH / TURN;
     if (job.ids) return multiply_in_turns(job, Numbers(job, arguments...));
     const int64_t turns = (job.slots + TURN - 1) / TURN;
@@ -165,6 +166,15 @@ extern "C" int64_t fxquant_most_rows(int dtype) {
     return 1024;
 #else
     return dtype ? 128 : 64;
+#endif
+}
+
+// Whether there are matrix units, and this process may use them.
+extern "C" int fxquant_has_matrix_units() {
+#ifdef FXQUANT_AMX
+    return has_tiles();
+#else
+    return 0;
 #endif
 }
 

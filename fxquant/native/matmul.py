@@ -214,6 +214,6 @@ def library() -> ctypes.CDLL | None:
         built.fxquant_linear.argtypes = [pointer, size, pointer, pointer, size, number]
         built.fxquant_gated_experts_of.argtypes = [*[pointer] * 5, size, number]
         built.fxquant_linear.restype = built.fxquant_gated_experts_of.restype = None
-        built.fxquant_multiplies_codes.restype = ctypes.c_int
+        built.fxquant_multiplies_codes.restype = built.fxquant_has_matrix_units.restype = ctypes.c_int
         built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

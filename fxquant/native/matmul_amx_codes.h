@@ -22,6 +22,8 @@ struct AmxCodes : Panels {
     int64_t tile_bytes() const { return std::min<int64_t>(job.bits == 4 ? step / 2 : step, 64); }
     int64_t products() const { return step / tile_bytes(); }
 
+    static constexpr int64_t pairs() { return 1; }
+
     template <class Each> void each_product(int64_t s, const Each& product) const {
         const int64_t size = tile_bytes();
         for (int64_t i = 0; i < products(); i++) {
