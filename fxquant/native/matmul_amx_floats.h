@@ -94,6 +94,9 @@ struct AmxFloats : Panels {
             }
     }
 
+    static F lower(Z halves) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves)), 16); }
+    static F upper(Z halves) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1)), 16); }
+
     // Up to 16 rows of x as tiles: words of two columns, row by row. False where floats are not the sums of their pieces.
     bool spread(const int64_t* slots, int64_t count, float* to) const {
         uint16_t columns[32];
@@ -103,24 +106,20 @@ struct AmxFloats : Panels {
             uint8_t* const at = (uint8_t*)to + panel * stride;
             float* const sums = (float*)(at + x_sums);
             memset(sums, 0, per * TURN * sizeof(float));
-            F top[TURN] = {};
+            Z top[TURN] = {};
             for (int64_t c = 0; c < PANEL; c += CHUNK) {
                 Z words[MOST][TURN] = {};
                 for (int64_t i = 0; i < count; i++) {
                     F v[2];
-                    for (int half = 0; half < 2; half++) {
-                        v[half] = some_of_x(slots[i] / job.picks, panel * PANEL + c + half * LANES);
-                        const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v[half], (__m512)v[half], _CMP_UNORD_Q);
-                        if (nan) return false;
-                        top[i] = most(top[i], (F)_mm512_abs_ps((__m512)v[half]));
-                        if (job.zero) sums[(c + half * LANES) / step * TURN + i] += sum(v[half]);
-                    }
-                    for (int p = 0; p < x_pieces; p++) {
-                        const Z piece = rounded_pair(v[0], v[1]);
+                    Z piece = some_of_x(slots[i] / job.picks, panel * PANEL + c, v);
+                    for (int p = 0;; p++) {
                         words[p][i] = _mm512_permutexvar_epi16(order, piece);
-                        v[0] -= (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(piece)), 16);
-                        v[1] -= (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(piece, 1)), 16);
+                        if (p + 1 == x_pieces) break;
+                        v[0] -= lower(piece), v[1] -= upper(piece);
+                        piece = rounded_pair(v[0], v[1]);
                     }
+                    // Of numbers as bits, none is larger than one that is no number.
+                    top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(words[0][i], _mm512_set1_epi16(0x7fff)));
                 }
                 for (int p = 0; p < x_pieces; p++) {
                     transpose(words[p]);
@@ -128,17 +127,35 @@ struct AmxFloats : Panels {
                 }
             }
             for (int64_t i = 0; i < count; i++) {
-                const float largest = _mm512_reduce_max_ps((__m512)top[i]);
+                const Z even = _mm512_slli_epi32(top[i], 16), odd = top[i];
+                const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(even, odd));
                 // Matrix units take what is smaller than 2^-126 for zero: it has to be small beside the largest.
-                if (!(largest < 0x1p100f) || (largest && largest < 0x1p-80f)) return false;
+                if (largest >= as<uint32_t>(0x1p100f) || (largest >= 1 << 16 && largest < as<uint32_t>(0x1p-80f))) return false;
             }
+            if (!job.zero) continue;
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t c = 0; c < PANEL; c += CHUNK) {
+                    F v[2];
+                    some_of_x(slots[i] / job.picks, panel * PANEL + c, v);
+                    for (int half = 0; half < 2; half++) sums[(c + half * LANES) / step * TURN + i] += sum(v[half]);
+                }
         }
         return true;
     }
 
-    F some_of_x(int64_t row, int64_t column) const {
-        const int64_t count = std::min<int64_t>(job.columns - column, LANES);
-        return count > 0 ? floats(job.x, job.x_type, row * job.x_stride + column, count) : F{};
+    // 32 columns of a row, and what they are in bfloat16.
+    Z some_of_x(int64_t row, int64_t column, F (&v)[2]) const {
+        const int64_t at = row * job.x_stride + column;
+        if (job.x_type == 1 && column + CHUNK <= job.columns) {
+            const Z all = _mm512_loadu_si512((const uint16_t*)job.x + at);
+            v[0] = lower(all), v[1] = upper(all);
+            return all;
+        }
+        for (int half = 0; half < 2; half++) {
+            const int64_t count = std::min<int64_t>(job.columns - column - half * LANES, LANES);
+            v[half] = count > 0 ? floats(job.x, job.x_type, at + half * LANES, count) : F{};
+        }
+        return rounded_pair(v[0], v[1]);
     }
 
     // The total and a step's sums, of a row of the weight and all rows of x of a turn.
@@ -158,10 +175,10 @@ struct AmxFloats : Panels {
 
     template <class Function> void with_decoder(const Function& function) const {
         if (job.bits == 8) {
-            if (job.kind == 2) return function(Eight<E4M3>{});
-            if (job.kind == 3) return function(Eight<E5M2>{});
-            if (job.low) return function(Eight<SIGNED>{});
-            return function(Eight<UNSIGNED>{});
+            if (job.kind == 2) return function(SmallFloats<E4M3>(job.values));
+            if (job.kind == 3) return function(SmallFloats<E5M2>(job.values));
+            if (job.low) return function(Integers<SIGNED>{});
+            return function(Integers<UNSIGNED>{});
         }
         with_constant<MOST>(pieces, [&](auto p) {
             if (job.bits == 6) function(Fields<SIXES, p>(*this));
@@ -204,10 +221,9 @@ struct AmxFloats : Panels {
         }
     };
 
-    // 32 bytes, of which each is one bfloat16.
-    template <int KIND> struct Eight {
+    // 32 integers of 8 bits.
+    template <int KIND> struct Integers {
         static F values(__m128i codes) {
-            if (KIND == E4M3 || KIND == E5M2) return Float8<KIND == E4M3>::value_of(codes);
             return (F)_mm512_cvtepi32_ps(KIND == SIGNED ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes));
         }
 
@@ -216,6 +232,33 @@ struct AmxFloats : Panels {
             for (int64_t c = 0; c < PANEL; c += CHUNK) {
                 const F low = values(read<__m128i>(from + c)), high = values(read<__m128i>(from + c + LANES));
                 _mm512_store_si512(to + c / CHUNK * TILE, rounded_pair(low, high));
+            }
+        }
+    };
+
+    // 32 float8, as bfloat16 with more exponents; what has none of its own is in a table, by its last 5 bits.
+    template <int KIND> struct SmallFloats {
+        static constexpr int BITS = KIND == E4M3 ? 3 : 2, FIRST = 1 << BITS, LAST = KIND == E4M3 ? 0x7e : 0x7b;
+        static constexpr int BIAS = 127 - (KIND == E4M3 ? 7 : 15);
+        Z others;
+
+        explicit SmallFloats(const float* values) {
+            float found[32];
+            for (int i = 0; i < 32; i++) found[i] = values[i < 16 ? i : 0x60 + i];
+            others = rounded_pair(load(found), load(found + LANES));
+        }
+
+        void operator()(const uint8_t* from, uint8_t* to) const {
+            const auto all = [](int bits) { return _mm512_set1_epi16((short)bits); };
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < PANEL; c += CHUNK) {
+                const Z codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + c)));
+                const Z size = _mm512_and_si512(codes, all(0x7f));
+                const __mmask32 other = _mm512_cmpgt_epu16_mask(_mm512_sub_epi16(size, all(FIRST)), all(LAST - FIRST));
+                const Z more = _mm512_add_epi16(_mm512_slli_epi16(size, 7 - BITS), all(BIAS << 7));
+                const Z found = _mm512_mask_permutexvar_epi16(more, other, size, others);
+                const Z sign = _mm512_and_si512(_mm512_slli_epi16(codes, 8), all(0x8000));
+                _mm512_store_si512(to + c / CHUNK * TILE, _mm512_or_si512(found, sign));
             }
         }
     };

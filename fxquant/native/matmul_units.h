@@ -130,20 +130,15 @@ struct Table6 : Many<6, Table6, false> {
 template <bool E4M3> struct Float8 : Many<8, Float8<E4M3>, false> {
     const float* values;
 
+    explicit Float8(const Product& job) : Float8::Many(job), values(job.values) {}
+    F value(const uint8_t* p) const {
 #ifdef FXQUANT_AVX512
-    static F value_of(__m128i codes) {
-        if (!E4M3) return (F)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8));
-        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+        if (!E4M3) return (F)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(read<__m128i>(p)), 8));
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(read<__m128i>(p)), 7);
         const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff));
         const __m256i size = _mm256_and_si256(wide, _mm256_set1_epi16(0x3f80));
         const __mmask16 nan = _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x3f80));
         return (F)_mm512_cvtph_ps(_mm256_mask_set1_epi16(half, nan, 0x7fff)) * 256.0f;
-    }
-#endif
-    explicit Float8(const Product& job) : Float8::Many(job), values(job.values) {}
-    F value(const uint8_t* p) const {
-#ifdef FXQUANT_AVX512
-        return value_of(read<__m128i>(p));
 #else
         F v;
         for (int l = 0; l < LANES; l++) v[l] = values[p[l]];
