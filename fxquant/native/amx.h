@@ -1,7 +1,7 @@
 // Matrix units (AMX): tiles of 16 rows of 64 bytes, and products of tiles. Threads have to ask the system for them, once
 // for all, and each sets the shapes of its tiles before it uses them.
 
-#if defined(FXQUANT_AVX512) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(FXQUANT_CODES) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
 #define FXQUANT_AMX
 
 #include <sys/syscall.h>

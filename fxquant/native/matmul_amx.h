@@ -28,8 +28,12 @@ template <class Numbers> struct Amx {
     struct Scratch : Panels::Scratch {
         Buffer<uint8_t> tiles; // of a panel
         Buffer<float> sums;    // of two steps
+        Buffer<float> ones;    // the scales of what has met its own
 
-        explicit Scratch(int64_t room) : Panels::Scratch(room), tiles(Numbers::ROOM), sums(2 * TURN * AT_ONCE) {}
+        explicit Scratch(int64_t room)
+            : Panels::Scratch(room), tiles(Numbers::ROOM), sums(2 * TURN * AT_ONCE), ones(AT_ONCE) {
+            std::fill_n(ones.data, AT_ONCE, 1.0f);
+        }
     };
 
     // A step's sums that are there, its scales, what there is of x, and where they go.
@@ -44,7 +48,7 @@ template <class Numbers> struct Amx {
         numbers.load_numbers(task, scratch);
         numbers.by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
-            with_flag(job.zero, [&](auto affine) { batch<affine>(task, from, std::min(task.count - from, BATCH), scratch); });
+            with_flag(numbers.affine(), [&](auto affine) { batch<affine>(task, from, std::min(task.count - from, BATCH), scratch); });
     }
 
     // Of the turn that has this row of x.
@@ -58,7 +62,7 @@ template <class Numbers> struct Amx {
         Due due;
         for (int64_t panel = 0; panel < panels; panel++) {
             ahead.to_panel(panel);
-            numbers.with_decoder([&](const auto& decoder) { decode(decoder, panel, scratch, ahead); });
+            numbers.with_decoder(panel, scratch, [&](const auto& decoder) { decode(decoder, panel, scratch, ahead); });
             for (int64_t turn = 0; turn < turns; turn++) {
                 const uint8_t* const x = x_of(task, from + turn * TURN) + panel * numbers.stride;
                 multiply<AFFINE>(panel, x, scratch.totals.data + turn * TURN * AT_ONCE, scratch, ahead, due);
@@ -123,7 +127,8 @@ template <class Numbers> struct Amx {
             store_tile<0>(sums, 64), store_tile<1>(sums + TURN * LANES, 64);
             store_tile<2>(sums + 2 * TURN * LANES, 64), store_tile<3>(sums + 3 * TURN * LANES, 64);
             const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
-            due = {sums, scratch.scales_by_block.data + block, scratch.offsets_by_block.data + block, x, s, totals};
+            const float* const scales = numbers.rounded ? scratch.ones.data : scratch.scales_by_block.data + block;
+            due = {sums, scales, scratch.offsets_by_block.data + block, x, s, totals};
             sums = scratch.sums.data + (sums == scratch.sums.data ? TURN * AT_ONCE : 0);
         }
         before = due;
@@ -146,7 +151,7 @@ template <class Numbers> struct Amx {
                 memcpy(copy, from, std::min(rest, size));
                 from = copy;
             }
-            decoder(from, scratch.tiles.data + row / LANES * CHUNKS * TILE + row % LANES * 64);
+            decoder(from, scratch.tiles.data + row / LANES * CHUNKS * TILE + row % LANES * 64, row);
         }
     }
 };

@@ -23,6 +23,8 @@ struct AmxCodes : Panels {
     int64_t products() const { return step / tile_bytes(); }
 
     static constexpr int64_t pairs() { return 1; }
+    static constexpr bool rounded = false;
+    bool affine() const { return job.zero; }
 
     template <class Each> void each_product(int64_t s, const Each& product) const {
         const int64_t size = tile_bytes();
@@ -76,18 +78,18 @@ struct AmxCodes : Panels {
     static constexpr int64_t behind(int64_t) { return 0; }
 
     // A panel of a row: 128 bytes, in the order of digits of x.
-    template <class Function> void with_decoder(const Function& function) const {
-        if (job.bits == 4) return function([low = _mm512_set1_epi8(15)](const uint8_t* from, uint8_t* to) {
+    template <class Scratch, class Function> void with_decoder(int64_t, const Scratch&, const Function& function) const {
+        if (job.bits == 4) return function([low = _mm512_set1_epi8(15)](const uint8_t* from, uint8_t* to, int64_t) {
             const Z codes = _mm512_loadu_si512(from);
             _mm512_store_si512(to, _mm512_and_si512(codes, low));
             _mm512_store_si512(to + TILE, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
         });
         const Z flip = _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0);
-        if (job.bits == 8) return function([flip](const uint8_t* from, uint8_t* to) {
+        if (job.bits == 8) return function([flip](const uint8_t* from, uint8_t* to, int64_t) {
             _mm512_store_si512(to, _mm512_xor_si512(_mm512_loadu_si512(from), flip));
             _mm512_store_si512(to + TILE, _mm512_xor_si512(_mm512_loadu_si512(from + 64), flip));
         });
-        function([bits = job.bits](const uint8_t* from, uint8_t* to) {
+        function([bits = job.bits](const uint8_t* from, uint8_t* to, int64_t) {
             uint8_t codes[PANEL + 64];
             unpack(from, PANEL, bits, codes);
             memcpy(to, codes, 64), memcpy(to + TILE, codes + 64, 64);

@@ -1,6 +1,7 @@
 // Floats of x and any element for matrix units, in pieces: a float32 is the sum of three bfloat16, a float16 of two, and
 // so is each value of an element, most of them of one. Products of pieces are exact; what they do not count is smaller
-// than 2^-24 of the product, or, where values may have fewer pieces, than 2^-16 or 2^-8.
+// than 2^-24 of the product, or, where values may have fewer pieces, than 2^-16 or 2^-8. Where they may have one, a weight
+// with a scale for every 16 or 32 columns meets it before, and is rounded to bfloat16.
 
 #ifdef FXQUANT_AMX
 
@@ -14,7 +15,9 @@ struct AmxFloats : Panels {
     static constexpr int64_t ROOM = MOST * PIECE;
 
     const int64_t panels;       // of a row
-    const int64_t step, per;    // columns under one scale, and how many such steps a panel has
+    const int64_t fine;         // columns under one scale
+    const bool rounded;         // weights are, with their scales
+    const int64_t step, per;    // columns whose sums meet a scale, and how many such steps a panel has
     const int x_pieces;         // of a float of x
     const int64_t x_sums;       // bytes of a turn's tiles of a panel, behind which there are sums of steps
     const int64_t stride;       // bytes of a panel of a turn
@@ -23,9 +26,10 @@ struct AmxFloats : Panels {
     Z tables[MOST][2];          // of up to 64 values, their pieces
     Z places, shifts;           // bytes that have a field, and where it begins in them
 
-    // `counted` pieces of a value at most.
+    // `counted` pieces of a value at most. With one, weights may be rounded.
     AmxFloats(const Product& j, int counted)
-        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), per(PANEL / step),
+        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(counted == 1 && rounds(j)),
+          step(rounded ? PANEL : fine), per(PANEL / step),
           x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * TILE),
           stride(x_sums + per * TURN * 4), units(panels * stride / 64) {
         if (j.bits < 8) make_tables(counted);
@@ -44,6 +48,14 @@ struct AmxFloats : Panels {
         while (job.block < job.columns && job.block % step) step /= 2;
         return step;
     }
+
+    // Where many scales meet few columns each, it takes longer to keep weights as they are.
+    static bool rounds(const Product& job) {
+        const int64_t fine = step_of(job);
+        return fine < 64 && (job.bits == 4 || (job.bits < 4 && fine >= CHUNK));
+    }
+
+    bool affine() const { return job.zero && !rounded; }
 
     int64_t tile_bytes() const { return std::min(step, CHUNK) * 2; }
 
@@ -70,7 +82,7 @@ struct AmxFloats : Panels {
     // Of 32, the column of a lane of 16 bits. Fields of 4 bits come from words of 16 bits, all their first fields first.
     int column(int lane) const {
         if (job.bits != 4) return lane;
-        const int words = step < CHUNK ? 4 : 8, first = lane / (4 * words) * 4 * words;
+        const int words = fine < CHUNK ? 4 : 8, first = lane / (4 * words) * 4 * words;
         return first + lane % words * 4 + lane / words % 4;
     }
 
@@ -132,7 +144,7 @@ struct AmxFloats : Panels {
                 // Matrix units take what is smaller than 2^-126 for zero: it has to be small beside the largest.
                 if (largest >= as<uint32_t>(0x1p100f) || (largest >= 1 << 16 && largest < as<uint32_t>(0x1p-80f))) return false;
             }
-            if (!job.zero) continue;
+            if (!affine()) continue;
             for (int64_t i = 0; i < count; i++)
                 for (int64_t c = 0; c < PANEL; c += CHUNK) {
                     F v[2];
@@ -173,7 +185,9 @@ struct AmxFloats : Panels {
     // Bytes that are read behind a panel of a row.
     static constexpr int64_t behind(int64_t bits) { return bits == 4 || bits == 8 ? 0 : 16; }
 
-    template <class Function> void with_decoder(const Function& function) const {
+    template <class Scratch, class Function>
+    void with_decoder(int64_t panel, const Scratch& scratch, const Function& function) const {
+        if (rounded) return with_flag(fine < CHUNK, [&](auto by_16) { function(Weighted<by_16>(*this, panel, scratch)); });
         if (job.bits == 8) {
             if (job.kind == 2) return function(SmallFloats<E4M3>(job.values));
             if (job.kind == 3) return function(SmallFloats<E5M2>(job.values));
@@ -183,12 +197,21 @@ struct AmxFloats : Panels {
         with_constant<MOST>(pieces, [&](auto p) {
             if (job.bits == 6) function(Fields<SIXES, p>(*this));
             else if (job.bits != 4) function(Fields<FEWER, p>(*this));
-            else if (step < CHUNK) function(Fields<FOURS_BY_16, p>(*this));
+            else if (fine < CHUNK) function(Fields<FOURS_BY_16, p>(*this));
             else function(Fields<FOURS, p>(*this));
         });
     }
 
     enum { FOURS, FOURS_BY_16, FEWER, SIXES, E4M3, E5M2, SIGNED, UNSIGNED };
+
+    // Where 32 fields are, each in 16 bits, from some bit on. Of four bits they are where they are read.
+    static Z repeated_by_8(const uint8_t* p) {
+        return _mm512_inserti64x4(_mm512_set1_epi64(read<int64_t>(p)), _mm256_set1_epi64x(read<int64_t>(p + 8)), 1);
+    }
+    static Z placed(const uint8_t* p, int64_t bits, Z places) {
+        const __m256i second = _mm256_broadcastsi128_si256(read<__m128i>(p + 2 * bits));
+        return _mm512_shuffle_epi8(_mm512_inserti64x4(repeated(p), second, 1), places);
+    }
 
     // 32 fields, by the tables of their pieces.
     template <int KIND, int P> struct Fields {
@@ -199,25 +222,60 @@ struct AmxFloats : Panels {
             for (int p = 0; p < P; p++) low[p] = of.tables[p][0], high[p] = of.tables[p][1];
         }
 
-        void operator()(const uint8_t* from, uint8_t* to) const {
+        void operator()(const uint8_t* from, uint8_t* to, int64_t) const {
 #pragma GCC unroll 4
             for (int64_t c = 0; c < CHUNKS; c++) decode(from + c * 4 * bits, to + c * TILE);
         }
 
         void decode(const uint8_t* from, uint8_t* to) const {
-            Z words;
-            if (KIND == FOURS) words = repeated(from);
-            else if (KIND == FOURS_BY_16)
-                words = _mm512_inserti64x4(_mm512_set1_epi64(read<int64_t>(from)), _mm256_set1_epi64x(read<int64_t>(from + 8)), 1);
-            else {
-                const __m256i behind = _mm256_broadcastsi128_si256(read<__m128i>(from + 2 * bits));
-                words = _mm512_shuffle_epi8(_mm512_inserti64x4(repeated(from), behind, 1), places);
-            }
+            const Z words = KIND == FOURS ? repeated(from) : KIND == FOURS_BY_16 ? repeated_by_8(from) : placed(from, bits, places);
             const Z fields = _mm512_srlv_epi16(words, shifts);
 #pragma GCC unroll 3
             for (int p = 0; p < P; p++)
                 _mm512_store_si512(to + p * PIECE, KIND == SIXES ? _mm512_permutex2var_epi16(low[p], fields, high[p])
                                                                  : _mm512_permutexvar_epi16(fields, low[p]));
+        }
+    };
+
+    // 32 weights: for every scale, the table of fields times it, rounded.
+    template <bool BY_16> struct Weighted {
+        Z shifts, places;
+        F values;
+        const float *scales, *offsets; // of row 0
+        int64_t room, bits, zero, block[2 * CHUNKS];
+
+        template <class Scratch>
+        Weighted(const AmxFloats& of, int64_t panel, const Scratch& scratch)
+            : shifts(of.shifts), places(of.places), values(load(of.job.values)), scales(scratch.scales.data),
+              offsets(scratch.offsets.data), room(of.room), bits(of.job.bits), zero(of.job.zero) {
+            for (int64_t i = 0; i < 2 * CHUNKS; i++)
+                block[i] = std::min((panel * PANEL + i * LANES) / of.job.block, of.blocks - 1);
+        }
+
+        __m256i table(int64_t at) const {
+            const F scale = all(scales[at]);
+            const F found = zero == 0   ? values * scale
+                            : zero == 1 ? (values - all(offsets[at])) * scale
+                                        : multiply_add(values, scale, all(offsets[at]));
+            return (__m256i)_mm512_cvtneps_pbh((__m512)found);
+        }
+
+        void operator()(const uint8_t* from, uint8_t* to, int64_t row) const {
+            int64_t before = -1;
+            Z both{};
+            for (int64_t c = 0; c < CHUNKS; c++) {
+                const uint8_t* const p = from + c * 4 * bits;
+                const int64_t low = block[2 * c], high = block[2 * c + 1];
+                if (BY_16 || low != before) {
+                    const __m256i first = table(row * room + low), second = BY_16 ? table(row * room + high) : first;
+                    both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1), before = low;
+                }
+                Z fields = _mm512_srlv_epi16(BY_16 ? repeated_by_8(p) : bits == 4 ? repeated(p) : placed(p, bits, places), shifts);
+                if (BY_16) // the second 16 lanes have the second table
+                    fields = _mm512_mask_or_epi32(_mm512_and_si512(fields, _mm512_set1_epi16(15)), 0xff00,
+                                                  _mm512_and_si512(fields, _mm512_set1_epi16(15)), _mm512_set1_epi16(16));
+                _mm512_store_si512(to + c * TILE, _mm512_permutexvar_epi16(fields, both));
+            }
         }
     };
 
@@ -227,7 +285,7 @@ struct AmxFloats : Panels {
             return (F)_mm512_cvtepi32_ps(KIND == SIGNED ? _mm512_cvtepi8_epi32(codes) : _mm512_cvtepu8_epi32(codes));
         }
 
-        void operator()(const uint8_t* from, uint8_t* to) const {
+        void operator()(const uint8_t* from, uint8_t* to, int64_t) const {
 #pragma GCC unroll 4
             for (int64_t c = 0; c < PANEL; c += CHUNK) {
                 const F low = values(read<__m128i>(from + c)), high = values(read<__m128i>(from + c + LANES));
@@ -248,7 +306,7 @@ struct AmxFloats : Panels {
             others = rounded_pair(load(found), load(found + LANES));
         }
 
-        void operator()(const uint8_t* from, uint8_t* to) const {
+        void operator()(const uint8_t* from, uint8_t* to, int64_t) const {
             const auto all = [](int bits) { return _mm512_set1_epi16((short)bits); };
 #pragma GCC unroll 4
             for (int64_t c = 0; c < PANEL; c += CHUNK) {
