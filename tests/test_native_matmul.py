@@ -263,7 +263,10 @@ def test_matrix_units_round_values_no_more_than_they_say(spelling: str) -> None:
     scheme, unit, n = Scheme.parse(spelling), COVERED[spelling], 70
     k = unit * -(-300 // unit)
     planes = random_planes(scheme, n, k, seed=k)
-    weight, values = decoded(planes, scheme, n, k), torch.tensor(scheme.spec.values if scheme.spec.kind == "table" else ())
+    weight, values = (
+        decoded(planes, scheme, n, k),
+        torch.tensor(scheme.spec.values if scheme.spec.kind == "table" else ()),
+    )
     exact = torch.equal(values, values.bfloat16().float())
     for dtype in DTYPES:
         for rows in (9, 40):

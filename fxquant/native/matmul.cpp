@@ -1,4 +1,4 @@
-// Products of few rows with planes: rows of x are sorted by expert, and rows of the weight decoded where they are
+// Products of rows with planes: rows of x are sorted by expert, and rows of the weight decoded where they are
 // multiplied. Every number is made by one thread, by the same steps whichever it is.
 
 #include <algorithm>
@@ -77,7 +77,8 @@ bool run_tasks(const K& kernel, const Slots& slots, int64_t pieces, int64_t widt
 template <class K> bool multiply(const Product& job) {
     const K kernel(job);
     const auto spread = [&](int64_t row, float* to) { return kernel.spread(row, to); };
-    return run_tasks(kernel, Slots(job), job.slots / job.picks, spread_width(kernel.units), spread, [](int64_t) { return 0; });
+    const int64_t inputs = job.slots / job.picks, width = spread_width(kernel.units);
+    return run_tasks(kernel, Slots(job), inputs, width, spread, [](int64_t) { return 0; });
 }
 
 template <bool AFFINE> void multiply_wide(const Product& job) {
@@ -114,7 +115,7 @@ template <class Numbers> bool multiply_in_turns(const Product& job, const Number
 
 // Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by.
 template <class Numbers, class... Arguments> bool multiply_in_parts(const Product& job, Arguments... arguments) {
-    if (Numbers(job, arguments...).pairs() > 4) return false; // it is faster in float32
+    if (Numbers(job, arguments...).pairs() > 4) return false; // which takes longer than in float32
     constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Panels::BATCH / TURN;
     if (job.ids) return multiply_in_turns(job, Numbers(job, arguments...));
     const int64_t turns = (job.slots + TURN - 1) / TURN;

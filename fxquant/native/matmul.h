@@ -1,4 +1,4 @@
-// A product of few rows with planes. fxquant/native/matmul_job.py has the same fields in the same order.
+// A product of rows of x with planes. fxquant/native/matmul_job.py has the same fields in the same order.
 
 // One number per block: scales, zeros or biases. Strides in bytes; a second level has one number for `per` blocks.
 struct Level {

@@ -1,4 +1,4 @@
-"""Products with planes, compiled: of few rows, with codes that are decoded where they are multiplied."""
+"""Products with planes, compiled: codes are decoded where they are multiplied."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from fxquant.scheme import Scheme
 _SOURCES = (
     *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
     *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
-    *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h", "matmul.cpp", "gated.cpp"),
+    *(
+        "matmul_tiles.h",
+        "amx.h",
+        "matmul_amx_floats.h",
+        "matmul_amx_codes.h",
+        "matmul_amx.h",
+        "matmul.cpp",
+        "gated.cpp",
+    ),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""
@@ -31,16 +39,24 @@ _FEW_IDS = 16
 def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias: Tensor | None) -> Tensor | None:
     """`x @ W.T + bias` for the weight that planes hold, where that is faster than to decode all of it first.
 
-    W is not rounded to the dtype of x: it is in float32, up to rounding what `fxquant.codecs.dequantize` gives. Sums
-    are in float32, rounded once. Where x is quantized, or is bfloat16 or float16 and has at least 4 rows, products with
-    integers are added up as integers, exactly, over up to 128 columns under one scale, on processors with AVX512-VNNI;
-    with floats, if 32 columns or more have one scale. These are whole numbers of 24 bits there, off by about 2**-23 of
-    the largest of those columns: in bfloat16 none is that is not 2**14 times smaller than it, in float16 2**11 times.
+    W is not rounded to the dtype of x, but for the case below: it is in float32, up to rounding what
+    `fxquant.codecs.dequantize` gives. Sums are in float32, rounded once. Where x is quantized, or is bfloat16 or
+    float16 and has at least 4 rows, products with integers are added up as integers, exactly, over up to 128 columns
+    under one scale, on processors with AVX512-VNNI; with floats, if 32 columns or more have one scale. These are whole
+    numbers of 24 bits there, off by about 2**-23 of the largest of those columns: in bfloat16 none is that is not 2**14
+    times smaller than it, in float16 2**11 times.
+
+    On processors with matrix units (AMX) more than 8 rows are multiplied there, and more than 4 where values have 2, 3,
+    5 or 6 bits or are float8: in pieces that are bfloat16, whose products are exact. Integers and small floats are one
+    piece; values of other tables (nf4) count with 16 bits, and float32 with them is left to other kernels. With more
+    than 16 rows of bfloat16 they count with 8 bits, and weights of up to 4 bits, of which every 16 or 32 columns have a
+    scale, are rounded to bfloat16 with it.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for
-    those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. With many, in a dtype that the processor
-    has no instructions for, W is decoded as a whole, and the product is torch's, in float32.
+    those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 16
+    rows and from 17 on. Without these units, and with many rows of a dtype that the processor has no instructions for,
+    W is decoded as a whole, and the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.

@@ -48,7 +48,9 @@ template <class Numbers> struct Amx {
         numbers.load_numbers(task, scratch);
         numbers.by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
-            with_flag(numbers.affine(), [&](auto affine) { batch<affine>(task, from, std::min(task.count - from, BATCH), scratch); });
+            with_flag(numbers.affine(), [&](auto affine) {
+                batch<affine>(task, from, std::min(task.count - from, BATCH), scratch);
+            });
     }
 
     // Of the turn that has this row of x.
@@ -92,9 +94,11 @@ template <class Numbers> struct Amx {
         float* const totals = due.totals + row * TURN;
         F found[AT_A_TIME];
 #pragma GCC unroll 4
-        for (int i = 0; i < AT_A_TIME; i++)
+        for (int i = 0; i < AT_A_TIME; i++) {
+            const float offset = AFFINE ? due.offsets[row + i] : 0;
             found[i] = numbers.template added<AFFINE>(load(totals + i * TURN), due.sums + (row + i) * TURN,
-                                                      due.scales[row + i], AFFINE ? due.offsets[row + i] : 0, due.x, due.step);
+                                                      due.scales[row + i], offset, due.x, due.step);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < AT_A_TIME; i++) store(totals + i * TURN, found[i]);
     }
@@ -116,7 +120,8 @@ template <class Numbers> struct Amx {
                 const auto multiply = [&](auto v, auto tile) __attribute__((always_inline)) {
                     load_tile<tile>(tiles + of_weight + v * CHUNKS * TILE, 64);
                     Numbers::template multiply<v, tile>();
-                    for (const int64_t end = std::min(row + each, AT_ONCE); row < end; row += AT_A_TIME) settle<AFFINE>(due, row);
+                    const int64_t end = std::min(row + each, AT_ONCE);
+                    for (; row < end; row += AT_A_TIME) settle<AFFINE>(due, row);
                 };
                 const std::integral_constant<int, 6> even;
                 const std::integral_constant<int, 7> odd;

@@ -70,7 +70,8 @@ struct AmxCodes : Panels {
     F added(F total, const float* sums, float scale, float offset, const uint8_t* x, int64_t s) const {
         const float* const own = of_step(x, s);
         const F sum = __builtin_convertvector(read<I>(sums) + read<I>(own), F);
-        return add_sum<AFFINE>(total, sum, all(scale), all(offset), load(own + TURN), load(own + 2 * TURN), job.zero, one_scale);
+        const F of_x = load(own + TURN), scale_of_x = load(own + 2 * TURN);
+        return add_sum<AFFINE>(total, sum, all(scale), all(offset), of_x, scale_of_x, job.zero, one_scale);
     }
 
     F last(F total, const uint8_t* x) const { return one_scale ? total * load(of_step(x, 0) + 2 * TURN) : total; }

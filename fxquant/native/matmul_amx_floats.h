@@ -106,8 +106,9 @@ struct AmxFloats : Panels {
             }
     }
 
-    static F lower(Z halves) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves)), 16); }
-    static F upper(Z halves) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1)), 16); }
+    // The first 16 bfloat16 of 32, and the second.
+    static F lower(Z v) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16); }
+    static F upper(Z v) { return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16); }
 
     // Up to 16 rows of x as tiles: words of two columns, row by row. False where floats are not the sums of their pieces.
     bool spread(const int64_t* slots, int64_t count, float* to) const {
@@ -142,7 +143,8 @@ struct AmxFloats : Panels {
                 const Z even = _mm512_slli_epi32(top[i], 16), odd = top[i];
                 const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(even, odd));
                 // Matrix units take what is smaller than 2^-126 for zero: it has to be small beside the largest.
-                if (largest >= as<uint32_t>(0x1p100f) || (largest >= 1 << 16 && largest < as<uint32_t>(0x1p-80f))) return false;
+                if (largest >= as<uint32_t>(0x1p100f)) return false;
+                if (largest >= 1 << 16 && largest < as<uint32_t>(0x1p-80f)) return false; // below there is another's half
             }
             if (!affine()) continue;
             for (int64_t i = 0; i < count; i++)
@@ -228,7 +230,9 @@ struct AmxFloats : Panels {
         }
 
         void decode(const uint8_t* from, uint8_t* to) const {
-            const Z words = KIND == FOURS ? repeated(from) : KIND == FOURS_BY_16 ? repeated_by_8(from) : placed(from, bits, places);
+            const Z words = KIND == FOURS         ? repeated(from)
+                            : KIND == FOURS_BY_16 ? repeated_by_8(from)
+                                                  : placed(from, bits, places);
             const Z fields = _mm512_srlv_epi16(words, shifts);
 #pragma GCC unroll 3
             for (int p = 0; p < P; p++)
@@ -270,10 +274,12 @@ struct AmxFloats : Panels {
                     const __m256i first = table(row * room + low), second = BY_16 ? table(row * room + high) : first;
                     both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1), before = low;
                 }
-                Z fields = _mm512_srlv_epi16(BY_16 ? repeated_by_8(p) : bits == 4 ? repeated(p) : placed(p, bits, places), shifts);
-                if (BY_16) // the second 16 lanes have the second table
-                    fields = _mm512_mask_or_epi32(_mm512_and_si512(fields, _mm512_set1_epi16(15)), 0xff00,
-                                                  _mm512_and_si512(fields, _mm512_set1_epi16(15)), _mm512_set1_epi16(16));
+                const Z words = BY_16 ? repeated_by_8(p) : bits == 4 ? repeated(p) : placed(p, bits, places);
+                Z fields = _mm512_srlv_epi16(words, shifts);
+                if (BY_16) { // the second 16 lanes have the second table
+                    fields = _mm512_and_si512(fields, _mm512_set1_epi16(15));
+                    fields = _mm512_mask_or_epi32(fields, 0xff00, fields, _mm512_set1_epi16(16));
+                }
                 _mm512_store_si512(to + c * TILE, _mm512_permutexvar_epi16(fields, both));
             }
         }
