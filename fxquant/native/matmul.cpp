@@ -113,14 +113,15 @@ template <class Numbers> bool multiply_in_turns(const Product& job, const Number
     return run_tasks(kernel, slots, starts.size(), spread_width(kernel.units), spread, x_of);
 }
 
-// Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by.
+// Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by; but never so
+// few that decoding the weight for them takes longer.
 template <class Numbers, class... Arguments> bool multiply_in_parts(const Product& job, Arguments... arguments) {
     if (Numbers(job, arguments...).pairs() > 4) return false; // which takes longer than in float32
     constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Panels::BATCH / TURN;
     if (job.ids) return multiply_in_turns(job, Numbers(job, arguments...));
     const int64_t turns = (job.slots + TURN - 1) / TURN;
     const int64_t fitting = CACHE / (Numbers(job, arguments...).units * 64);
-    const int64_t most = std::min(std::max<int64_t>(fitting, 4), MOST), times = (turns + most - 1) / most;
+    const int64_t most = std::min(std::max<int64_t>(fitting, 8), MOST), times = (turns + most - 1) / most;
     for (int64_t i = 0; i < times; i++) {
         const int64_t from = i * turns / times * TURN, end = std::min((i + 1) * turns / times * TURN, job.slots);
         Product part = job;
