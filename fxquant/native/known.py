@@ -19,11 +19,13 @@ _lock = threading.Lock()
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """What is known; None, after a warning, where it cannot be compiled."""
-    built = load("way to the products", _INSTEAD, ("known.cpp",), contract=False)
-    if built is not None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        built.fxquant_remember.argtypes, built.fxquant_remember.restype = [pointer, pointer, *[size] * 4], None
-        built.fxquant_go_first.argtypes, built.fxquant_go_first.restype = [ctypes.c_int, pointer], ctypes.c_char_p
+    libraries = load("way to the products", _INSTEAD, ("known.cpp",), contract=False)
+    if libraries is None:
+        return None
+    (built,) = libraries
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    built.fxquant_remember.argtypes, built.fxquant_remember.restype = [pointer, pointer, *[size] * 4], None
+    built.fxquant_go_first.argtypes, built.fxquant_go_first.restype = [ctypes.c_int, pointer], ctypes.c_char_p
     return built
 
 

@@ -7,6 +7,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import resources
@@ -81,18 +82,23 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-def load(what: str, instead: str, sources: Sequence[str], *, contract: bool) -> ctypes.CDLL | None:
-    """The library that some files of this package make together; None, after a warning, where there can be none.
+def load(what: str, instead: str, *parts: Sequence[str], contract: bool) -> tuple[ctypes.CDLL, ...] | None:
+    """Libraries that files of this package make, compiled side by side; None, after a warning, where one cannot be.
 
     Args:
         what: is compiled, for the warning.
         instead: what happens without it, for the warning.
-        sources: names of the files, in the order in which they are one text.
+        parts: of each library the names of its files, in the order in which they are one text.
         contract: whether a product and a sum may become one operation, which is rounded once.
     """
-    try:
-        text = "\n".join((resources.files("fxquant.native") / name).read_text() for name in sources)
+
+    def build(names: Sequence[str]) -> ctypes.CDLL:
+        text = "\n".join((resources.files("fxquant.native") / name).read_text() for name in names)
         return compile_cpp(text, (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}"))
+
+    try:
+        with ThreadPoolExecutor() as compilers:
+            return tuple(compilers.map(build, parts))
     except Exception as error:  # a compiler can fail in any way, and nothing here depends on it
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
@@ -107,10 +113,12 @@ def load(what: str, instead: str, sources: Sequence[str], *, contract: bool) -> 
 def library() -> ctypes.CDLL | None:
     """The compiled codecs; None, after a warning, where they cannot be compiled or loaded."""
     instead = "weights are quantized and dequantized by plain torch instead, several times slower"
-    built = load("codecs", instead, _SOURCES, contract=False)
-    for name in _FUNCTIONS if built else ():
+    libraries = load("codecs", instead, _SOURCES, contract=False)
+    if libraries is None:
+        return None
+    (built,) = libraries
+    for name in _FUNCTIONS:
         function = getattr(built, name)
         function.argtypes, function.restype = [ctypes.c_void_p], None
-    if built:
-        built.fxquant_squares.restype = None
+    built.fxquant_squares.restype = None
     return built

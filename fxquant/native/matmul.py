@@ -19,18 +19,12 @@ from fxquant.native.matmul_job import Product, covered_planes, fill_bias, fill_c
 from fxquant.native.places import Place
 from fxquant.scheme import Scheme
 
+_SHARED = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h", "matmul_task.h", "matmul_tasks.h")
+_GENERAL = (*_SHARED, "matmul_kernels.h", "matmul_general.cpp")
 _SOURCES = (
-    *("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h"),
-    *("matmul_task.h", "matmul_kernels.h", "matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
-    *(
-        "matmul_tiles.h",
-        "amx.h",
-        "matmul_amx_floats.h",
-        "matmul_amx_codes.h",
-        "matmul_amx.h",
-        "matmul.cpp",
-        "gated.cpp",
-    ),
+    *_SHARED,
+    *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h", "matmul_tiles.h"),
+    *("amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h", "matmul.cpp", "gated.cpp"),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""
@@ -46,11 +40,11 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     numbers of 24 bits there, off by about 2**-23 of the largest of those columns: in bfloat16 none is that is not 2**14
     times smaller than it, in float16 2**11 times.
 
-    On processors with matrix units (AMX) more than 8 rows are multiplied there, and more than 4 where values have 2, 3,
-    5 or 6 bits or are float8: in pieces that are bfloat16, whose products are exact. Integers and small floats are one
-    piece; values of other tables (nf4) count with 16 bits, and float32 with them is left to other kernels. With more
-    than 16 rows of bfloat16 they count with 8 bits, and weights of up to 4 bits, of which every 16 or 32 columns have a
-    scale, are rounded to bfloat16 with it.
+    On processors with matrix units (AMX) more than 8 rows are multiplied there; more than 6 of bfloat16 where values of
+    4 bits are bfloat16, and more than 4 where values have 2, 3, 5 or 6 bits or are float8: in pieces that are bfloat16,
+    whose products are exact. Integers and small floats are one piece; values of other tables (nf4) count with 16 bits,
+    and float32 with them is left to other kernels. With more than 16 rows of bfloat16 they count with 8 bits, and
+    weights of up to 4 bits, of which every 16 or 32 columns have a scale, are rounded to bfloat16 with it.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for
@@ -219,17 +213,20 @@ def library_for(scheme: Scheme) -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """The compiled product; None, after a warning, where it cannot be compiled or loaded."""
     instead = "weights are decoded as a whole for every product instead, many times slower"
-    with ThreadPoolExecutor(1) as beside:  # two compilers at a time, of which this one takes much longer
+    with ThreadPoolExecutor() as beside:
         beside.submit(known.library)
-        built = load("product", instead, _SOURCES, contract=True)
-    if built is not None:
-        for function in (built.fxquant_multiply, built.fxquant_gated_experts):
-            function.argtypes, function.restype = [ctypes.c_void_p], None
-        built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        built.fxquant_linear.argtypes = [pointer, size, pointer, pointer, size, number]
-        built.fxquant_gated_experts_of.argtypes = [*[pointer] * 5, size, number]
-        built.fxquant_linear.restype = built.fxquant_gated_experts_of.restype = None
-        built.fxquant_multiplies_codes.restype = built.fxquant_has_matrix_units.restype = ctypes.c_int
-        built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
+        libraries = load("product", instead, _SOURCES, _GENERAL, contract=True)
+    if libraries is None:
+        return None
+    built, general = libraries
+    built.fxquant_use(general.fxquant_multiply_generally)
+    for function in (built.fxquant_multiply, built.fxquant_gated_experts):
+        function.argtypes, function.restype = [ctypes.c_void_p], None
+    built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    built.fxquant_linear.argtypes = [pointer, size, pointer, pointer, size, number]
+    built.fxquant_gated_experts_of.argtypes = [*[pointer] * 5, size, number]
+    built.fxquant_linear.restype = built.fxquant_gated_experts_of.restype = None
+    built.fxquant_multiplies_codes.restype = built.fxquant_has_matrix_units.restype = ctypes.c_int
+    built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

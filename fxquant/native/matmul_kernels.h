@@ -143,7 +143,7 @@ template <class E> struct Kernel {
         return true;
     }
 
-    void load_numbers(const Task& task, int64_t row, int64_t i, Scratch& scratch) const {
+    __attribute__((noinline)) void load_numbers(const Task& task, int64_t row, int64_t i, Scratch& scratch) const {
         const auto load = [&](const Level& level, float* to) {
             numbers(level, task.expert, task.row(row), blocks, to + i * room, scratch.bytes.data);
         };

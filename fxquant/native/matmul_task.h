@@ -63,6 +63,7 @@ struct Task {
 
     // The numbers of all rows, `[AT_ONCE, room]`, and a vector; behind the last block of a row may be anything. `bytes` has
     // room for those of a stream.
+    __attribute__((noinline))
     void numbers(const Level& level, int64_t blocks, int64_t room, float* to, uint8_t* bytes) const {
         const bool at_once = room == blocks && in_one_piece(level, blocks);
         for (int64_t stream = 0; stream < STREAMS; stream++, to += EACH * room) {
@@ -78,6 +79,7 @@ struct Task {
     const float* x_row(int64_t i) const { return x + slots[i] / job.picks * width; }
 
     // All rows of the result of a slot: with the bias, rounded.
+    __attribute__((noinline))
     void put(int64_t slot, const float* from) const {
         for (int64_t stream = 0; stream < STREAMS; stream++) {
             const int64_t n = rows(stream), row = first + stream * apart;
