@@ -24,6 +24,7 @@ __all__ = [
     "compile_graph",
     "constant",
     "from_template",
+    "has_matrix_units",
     "is_size",
     "likely_size",
     "lowered",
@@ -64,6 +65,11 @@ def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
 
     built: Any = CppCodeCache.load(source, extra_flags=tuple(flags))
     return cast(ctypes.CDLL, built)
+
+
+def has_matrix_units() -> bool:
+    """Whether the CPU multiplies tiles of bfloat16 (AMX): `torch.cpu._is_amx_tile_supported`, in torch 2.11, 2.13."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:

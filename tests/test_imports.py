@@ -24,9 +24,8 @@ FLOORS: list[set[str]] = [
         "inductor",
         "demo_data",
         "expert_forwards",
-        "devices",
     },
-    {"listing", "bits", "expert_layouts", "checkpoint_files"},
+    {"devices", "listing", "bits", "expert_layouts", "checkpoint_files"},
     {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
     {"native", "experts", "expert_containers", "cost"},
     {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxquant import codecs, native
 from fxquant.codecs.double import dynamic_map
+from fxquant.inductor import has_matrix_units
 from fxquant.native import library, matmul, matmul_levels
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
@@ -211,6 +212,12 @@ def test_a_row_depends_on_nothing_else(spelling: str, dtype: torch.dtype, calls:
         assert (whole[0].abs() < 0.01 * bias.abs() + 1e-3).all()
         for rows in some:
             assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
+
+
+def test_matrix_units_are_those_that_the_cost_model_reckons_with(compiled_products: None) -> None:
+    built = matmul.library()
+    assert built is not None
+    assert bool(built.fxquant_has_matrix_units()) == has_matrix_units()
 
 
 def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
