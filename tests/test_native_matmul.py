@@ -176,10 +176,9 @@ def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tu
     """Those of `calls` that matrix units do not take, and those that they do."""
     built = matmul.library()
     assert built is not None
-    integer = scheme.spec.kind == "int"
-    limit = 8 if scheme.spec.bits == 4 or (scheme.spec.bits == 8 and integer) else 4
-    if scheme.spec.bits == 4 and dtype == torch.bfloat16 and integer:
-        limit = 6
+    limit = 8 if scheme.spec.bits == 4 or (scheme.spec.bits == 8 and scheme.spec.kind == "int") else 4
+    if scheme.spec.bits == 4 and dtype == torch.bfloat16:
+        limit = 6 if scheme.spec.kind == "int" else 4
     if not built.fxquant_has_matrix_units():
         return [calls]
     return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]
@@ -284,8 +283,7 @@ def test_matrix_units_round_values_no_more_than_they_say(spelling: str) -> None:
             rounded = product(x, planes, scheme, n, None)[-1]
             rest = product(x, planes, scheme, n, -rounded.float())[-1].double()
             last = x[-1].double().abs()
-            many = dtype == torch.bfloat16 and rows > 16
-            held = 0 if exact or dtype == torch.float32 else 2.0**-8 if many else 2.0**-16
+            held = 0 if exact or dtype == torch.float32 else 2.0**-8 if dtype == torch.bfloat16 else 2.0**-16
             held = 2.0**-8 if is_rounded(scheme, dtype, rows) else held
             sums = 2.0**-24 * (k / 4 + 8) * ((weight.abs() + 2 * weight.abs().amax(1, True)) @ last)
             info = torch.finfo(dtype)

@@ -5,12 +5,13 @@ namespace {
 void (*general)(const Product*) = nullptr;
 
 #ifdef FXQUANT_AMX
-// With more rows of bfloat16, values count as what they are in bfloat16, as when a weight is decoded first.
+// With more rows, weights may be rounded with their scales.
 constexpr int64_t MANY = 16;
 
 // The rows of x, or fewer, with which other kernels are faster than matrix units.
-int64_t fewest_for_amx(const Product& job, const AmxFloats& numbers) {
-    if (job.bits == 4) return numbers.pairs() == 1 ? 6 : 8;
+int64_t fewest_for_amx(const Product& job) {
+    if (job.x_codes) return Codes<1>::FEW;
+    if (job.bits == 4) return job.x_type != 1 ? 8 : job.kind ? 4 : 6;
     return job.bits == 8 && !job.kind ? 8 : 4;
 }
 
@@ -113,11 +114,9 @@ extern "C" void fxquant_use(void (*function)(const Product*)) { general = functi
 extern "C" void fxquant_multiply(const Product* job) {
     const auto more_than = [&](int64_t rows) { return job->slots > rows * (job->ids ? job->experts : 1); };
 #ifdef FXQUANT_AMX
-    if (job->x_codes && more_than(Codes<1>::FEW) && has_tiles()) return (void)multiply_in_parts<AmxCodes>(*job);
-    if (!job->x_codes && more_than(4) && has_tiles()) {
-        const int pieces = job->x_type == 0 ? 3 : job->x_type == 1 && more_than(MANY) ? 1 : 2; // of a value
-        const bool many = more_than(fewest_for_amx(*job, AmxFloats(*job, pieces)));
-        if (many && multiply_in_parts<AmxFloats>(*job, pieces)) return;
+    if (more_than(fewest_for_amx(*job)) && has_tiles()) {
+        if (job->x_codes) return (void)multiply_in_parts<AmxCodes>(*job);
+        if (multiply_in_parts<AmxFloats>(*job, more_than(MANY))) return;
     }
 #endif
 #ifdef FXQUANT_CODES

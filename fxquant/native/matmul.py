@@ -40,11 +40,12 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     numbers of 24 bits there, off by about 2**-23 of the largest of those columns: in bfloat16 none is that is not 2**14
     times smaller than it, in float16 2**11 times.
 
-    On processors with matrix units (AMX) more than 8 rows are multiplied there; more than 6 of bfloat16 where values of
-    4 bits are bfloat16, and more than 4 where values have 2, 3, 5 or 6 bits or are float8: in pieces that are bfloat16,
-    whose products are exact. Integers and small floats are one piece; values of other tables (nf4) count with 16 bits,
-    and float32 with them is left to other kernels. With more than 16 rows of bfloat16 they count with 8 bits, and
-    weights of up to 4 bits, of which every 16 or 32 columns have a scale, are rounded to bfloat16 with it.
+    On processors with matrix units (AMX) more than 8 rows are multiplied there; more than 6 of bfloat16 with integers
+    of 4 bits, and more than 4 with other values of 4 bits, or with any of 2, 3, 5 or 6 bits or float8: in pieces that
+    are bfloat16, whose products are exact. Integers and small floats are one piece; values of other tables (nf4) count
+    with 8 bits where x is bfloat16, with 16 where it is float16, and float32 with them is left to other kernels. With
+    more than 16 rows of bfloat16, weights of up to 4 bits, of which every 16 or 32 columns have a scale, are rounded to
+    bfloat16 with it.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for

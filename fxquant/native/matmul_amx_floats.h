@@ -1,7 +1,7 @@
 // Floats of x and any element for matrix units, in pieces: a float32 is the sum of three bfloat16, a float16 of two, and
-// so is each value of an element, most of them of one. Products of pieces are exact; what they do not count is smaller
-// than 2^-24 of the product, or, where values may have fewer pieces, than 2^-16 or 2^-8. Where they may have one, a weight
-// with a scale for every 16 or 32 columns meets it before, and is rounded to bfloat16.
+// so is each value of an element, most of them of one. Products of pieces are exact. What they do not count is smaller than
+// 2^-24 of the product or, since values have no more pieces than x, than 2^-16 with float16 and 2^-8 with bfloat16. With
+// many rows of bfloat16 a weight with a scale for every 16 or 32 columns meets it before, and is rounded.
 
 #ifdef FXQUANT_AMX
 
@@ -26,13 +26,12 @@ struct AmxFloats : Panels {
     Z tables[MOST][2];          // of up to 64 values, their pieces
     Z places, shifts;           // bytes that have a field, and where it begins in them
 
-    // `counted` pieces of a value at most. With one, weights may be rounded.
-    AmxFloats(const Product& j, int counted)
-        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(counted == 1 && rounds(j)),
+    AmxFloats(const Product& j, bool many)
+        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(many && rounds(j)),
           step(rounded ? PANEL : fine), per(PANEL / step),
           x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * TILE),
           stride(x_sums + per * TURN * 4), units(panels * stride / 64) {
-        if (j.bits < 8) make_tables(counted);
+        if (j.bits < 8) make_tables();
         uint16_t shift[32];
         uint8_t place[64];
         for (int lane = 0; lane < 32; lane++) {
@@ -52,7 +51,7 @@ struct AmxFloats : Panels {
     // Where many scales meet few columns each, it takes longer to keep weights as they are.
     static bool rounds(const Product& job) {
         const int64_t fine = step_of(job);
-        return fine < 64 && (job.bits == 4 || (job.bits < 4 && fine >= CHUNK));
+        return job.x_type == 1 && fine < 64 && (job.bits == 4 || (job.bits < 4 && fine >= CHUNK));
     }
 
     bool affine() const { return job.zero && !rounded; }
@@ -89,7 +88,7 @@ struct AmxFloats : Panels {
     // 32 floats in bfloat16.
     static Z rounded_pair(F low, F high) { return (Z)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
-    void make_tables(int counted) {
+    void make_tables() {
         const int patterns = std::max(1 << job.bits, LANES);
         float rest[64];
         for (int i = 0; i < 64; i++) rest[i] = job.values[i % patterns];
@@ -101,7 +100,7 @@ struct AmxFloats : Panels {
                 for (int i = 0; i < 32; i++) {
                     float& own = rest[32 * half + i];
                     own -= as<float>((uint32_t)bits[i] << 16);
-                    if (own != 0) pieces = std::min(p + 2, counted);
+                    if (own != 0) pieces = std::min(p + 2, x_pieces);
                 }
             }
     }
