@@ -220,10 +220,10 @@ def test_matrix_units_are_those_that_the_cost_model_reckons_with(compiled_produc
 
 
 def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
-    """Whether matrix units round weights of 2 to 4 bits with their scales, since 16 or 32 columns have one."""
-    built = matmul.library()
-    few = scheme.spec.bits <= 4 and (scheme.block.columns or 0) % 64 != 0
-    return bool(built and built.fxquant_has_matrix_units() and dtype == torch.bfloat16 and rows > 16 and few)
+    """Whether matrix units round weights of 2 to 4 bits with the scales of their blocks."""
+    built, columns = matmul.library(), scheme.block.columns or 0
+    blocks = scheme.spec.bits <= 4 and columns > 0 and (scheme.spec.bits == 4 or columns % 32 == 0)
+    return bool(built and built.fxquant_has_matrix_units() and dtype == torch.bfloat16 and rows > 32 and blocks)
 
 
 INTEGERS = (

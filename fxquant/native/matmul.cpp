@@ -5,9 +5,6 @@ namespace {
 void (*general)(const Product*) = nullptr;
 
 #ifdef FXQUANT_AMX
-// With more rows, weights may be rounded with their scales.
-constexpr int64_t MANY = 16;
-
 // The rows of x, or fewer, with which other kernels are faster than matrix units.
 int64_t fewest_for_amx(const Product& job) {
     if (job.x_codes) return Codes<1>::FEW;
@@ -34,13 +31,13 @@ template <class Numbers> bool multiply_in_turns(const Product& job, const Number
 
 // Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by; but never so
 // few that decoding the weight for them takes longer.
-template <class Numbers, class... Arguments> bool multiply_in_parts(const Product& job, Arguments... arguments) {
-    if (Numbers(job, arguments...).pairs() > 4) return false; // which takes longer than in float32
-    constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Panels::BATCH / TURN;
-    if (job.ids) return multiply_in_turns(job, Numbers(job, arguments...));
+template <class Numbers> bool multiply_in_parts(const Product& job) {
+    const Numbers whole(job);
+    if (whole.pairs() > 4) return false; // which takes longer than in float32
+    if (job.ids) return multiply_in_turns(job, whole);
+    constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Amx<Numbers>::BATCH / TURN;
     const int64_t turns = (job.slots + TURN - 1) / TURN;
-    const int64_t fitting = CACHE / (Numbers(job, arguments...).units * 64);
-    const int64_t most = std::min(std::max<int64_t>(fitting, 8), MOST), times = (turns + most - 1) / most;
+    const int64_t most = std::min(std::max<int64_t>(CACHE / (whole.units * 64), 16), MOST), times = (turns + most - 1) / most;
     for (int64_t i = 0; i < times; i++) {
         const int64_t from = i * turns / times * TURN, end = std::min((i + 1) * turns / times * TURN, job.slots);
         Product part = job;
@@ -48,7 +45,7 @@ template <class Numbers, class... Arguments> bool multiply_in_parts(const Produc
         part.x = (const char*)job.x + from * job.x_stride * (job.x_codes == 1 ? 1 : job.x_type ? 2 : 4);
         part.x_scales = job.x_codes == 1 ? job.x_scales + from * job.x_scales_stride : job.x_scales;
         part.y = (char*)job.y + from * job.y_stride * (job.dtype ? 2 : 4);
-        if (!multiply_in_turns(part, Numbers(part, arguments...))) return false;
+        if (!multiply_in_turns(part, Numbers(part))) return false;
     }
     return true;
 }
@@ -116,7 +113,7 @@ extern "C" void fxquant_multiply(const Product* job) {
 #ifdef FXQUANT_AMX
     if (more_than(fewest_for_amx(*job)) && has_tiles()) {
         if (job->x_codes) return (void)multiply_in_parts<AmxCodes>(*job);
-        if (multiply_in_parts<AmxFloats>(*job, more_than(MANY))) return;
+        if (multiply_in_parts<AmxFloats>(*job)) return;
     }
 #endif
 #ifdef FXQUANT_CODES

@@ -44,13 +44,12 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     of 4 bits, and more than 4 with other values of 4 bits, or with any of 2, 3, 5 or 6 bits or float8: in pieces that
     are bfloat16, whose products are exact. Integers and small floats are one piece; values of other tables (nf4) count
     with 8 bits where x is bfloat16, with 16 where it is float16, and float32 with them is left to other kernels. With
-    more than 16 rows of bfloat16, weights of up to 4 bits, of which every 16 or 32 columns have a scale, are rounded to
-    bfloat16 with it.
+    more than 32 rows of bfloat16, weights of up to 4 bits in blocks are rounded to bfloat16 with their scales.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for
-    those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 16
-    rows and from 17 on. Without these units, and with many rows of a dtype that the processor has no instructions for,
+    those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 32
+    rows and from 33 on. Without these units, and with many rows of a dtype that the processor has no instructions for,
     W is decoded as a whole, and the product is torch's, in float32.
 
     Args:

@@ -11,7 +11,7 @@ namespace {
 
 template <class Numbers> struct Amx {
     static constexpr int64_t PANEL = Numbers::PANEL, TURN = Numbers::TURN, TILE = Numbers::TILE, CHUNKS = Numbers::CHUNKS;
-    static constexpr int64_t BATCH = Panels::BATCH;
+    static constexpr int64_t BATCH = 512; // rows of x for which a panel is decoded once
     static constexpr int VECTORS = Panels::VECTORS;
     static constexpr int AT_A_TIME = 4; // rows of the weight whose sums are added together
     using Ahead = Panels::Ahead;
@@ -31,7 +31,7 @@ template <class Numbers> struct Amx {
         Buffer<float> ones;    // the scales of what has met its own
 
         explicit Scratch(int64_t room)
-            : Panels::Scratch(room), tiles(Numbers::ROOM), sums(2 * TURN * AT_ONCE), ones(AT_ONCE) {
+            : Panels::Scratch(room, BATCH), tiles(Numbers::ROOM), sums(2 * TURN * AT_ONCE), ones(AT_ONCE) {
             std::fill_n(ones.data, AT_ONCE, 1.0f);
         }
     };
@@ -67,22 +67,28 @@ template <class Numbers> struct Amx {
             numbers.with_decoder(panel, scratch, [&](const auto& decoder) { decode(decoder, panel, scratch, ahead); });
             for (int64_t turn = 0; turn < turns; turn++) {
                 const uint8_t* const x = x_of(task, from + turn * TURN) + panel * numbers.stride;
-                multiply<AFFINE>(panel, x, scratch.totals.data + turn * TURN * AT_ONCE, scratch, ahead, due);
+                float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
+                if (numbers.direct()) add(x, totals, scratch, ahead);
+                else multiply<AFFINE>(panel, x, totals, scratch, ahead, due);
             }
         }
-        for (int64_t row = 0; row < AT_ONCE; row += AT_A_TIME) settle<AFFINE>(due, row);
-        for (int64_t turn = 0; turn < turns; turn++)
-            put(task, from + turn * TURN, std::min(count - turn * TURN, TURN), scratch.totals.data + turn * TURN * AT_ONCE);
+        for (int64_t row = 0; due.totals && row < AT_ONCE; row += AT_A_TIME) settle<AFFINE>(due, row);
+        const float* const scales = numbers.direct() && !numbers.rounded ? scratch.scales_by_block.data : scratch.ones.data;
+        for (int64_t turn = 0; turn < turns; turn++) {
+            const float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
+            put(task, from + turn * TURN, std::min(count - turn * TURN, TURN), totals, scales);
+        }
     }
 
-    // Some rows of the result, of totals `[rows of the weight, rows of x]`.
-    void put(const Task& task, int64_t first, int64_t count, const float* totals) const {
+    // Some rows of the result, of totals `[rows of the weight, rows of x]` and what each row of the weight is still to be
+    // multiplied with.
+    void put(const Task& task, int64_t first, int64_t count, const float* totals, const float* scales) const {
         const uint8_t* const x = x_of(task, first);
         alignas(64) float found[TURN][AT_ONCE];
         for (int v = 0; v < VECTORS; v++) {
             Z rows[16];
             memcpy(rows, totals + v * LANES * TURN, sizeof rows);
-            for (Z& row : rows) row = (Z)numbers.last((F)row, x);
+            for (int i = 0; i < 16; i++) rows[i] = (Z)(numbers.last((F)rows[i], x) * all(scales[v * LANES + i]));
             transpose(rows);
             for (int i = 0; i < 16; i++) store(&found[i][v * LANES], (F)rows[i]);
         }
@@ -137,6 +143,25 @@ template <class Numbers> struct Amx {
             sums = scratch.sums.data + (sums == scratch.sums.data ? TURN * AT_ONCE : 0);
         }
         before = due;
+    }
+
+    // The same where nothing is due: sums go on in the totals.
+    __attribute__((noinline)) void add(const uint8_t* x, float* totals, const Scratch& scratch, Ahead& ahead) const {
+        constexpr int64_t NEXT = TURN * LANES;
+        const uint8_t* const tiles = scratch.tiles.data;
+        load_tile<0>(totals, 64), load_tile<1>(totals + NEXT, 64);
+        load_tile<2>(totals + 2 * NEXT, 64), load_tile<3>(totals + 3 * NEXT, 64);
+        numbers.each_product(0, [&](int64_t of_x, int64_t of_weight) __attribute__((always_inline)) {
+            const uint8_t* const weight = tiles + of_weight;
+            load_tile<4>(x + of_x, 64);
+            load_tile<6>(weight, 64), Numbers::template multiply<0, 6>();
+            load_tile<7>(weight + CHUNKS * TILE, 64), Numbers::template multiply<1, 7>();
+            load_tile<6>(weight + 2 * CHUNKS * TILE, 64), Numbers::template multiply<2, 6>();
+            load_tile<7>(weight + 3 * CHUNKS * TILE, 64), Numbers::template multiply<3, 7>();
+        });
+        for (int64_t i = 0; i < Ahead::ASKS; i++) ahead.ask();
+        store_tile<0>(totals, 64), store_tile<1>(totals + NEXT, 64);
+        store_tile<2>(totals + 2 * NEXT, 64), store_tile<3>(totals + 3 * NEXT, 64);
     }
 
     // Every row of the weight that a panel has, as rows of tiles.

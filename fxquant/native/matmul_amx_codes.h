@@ -23,6 +23,7 @@ struct AmxCodes : Panels {
     int64_t products() const { return step / tile_bytes(); }
 
     static constexpr int64_t pairs() { return 1; }
+    static constexpr bool direct() { return false; }
     static constexpr bool rounded = false;
     bool affine() const { return job.zero; }
 

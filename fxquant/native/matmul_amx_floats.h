@@ -1,7 +1,7 @@
 // Floats of x and any element for matrix units, in pieces: a float32 is the sum of three bfloat16, a float16 of two, and
 // so is each value of an element, most of them of one. Products of pieces are exact. What they do not count is smaller than
 // 2^-24 of the product or, since values have no more pieces than x, than 2^-16 with float16 and 2^-8 with bfloat16. With
-// many rows of bfloat16 a weight with a scale for every 16 or 32 columns meets it before, and is rounded.
+// many rows of bfloat16, weights of up to 4 bits in blocks meet their scales before, and are rounded.
 
 #ifdef FXQUANT_AMX
 
@@ -11,6 +11,7 @@ struct AmxFloats : Panels {
     static constexpr int64_t PANEL = 128, CHUNK = 32; // columns; of a tile
     static constexpr int64_t TURN = 16;               // rows of x that are multiplied with a panel at a time
     static constexpr int MOST = 3;                    // pieces
+    static constexpr int64_t MANY = 32;               // rows of x
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / CHUNK, PIECE = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t ROOM = MOST * PIECE;
 
@@ -26,8 +27,8 @@ struct AmxFloats : Panels {
     Z tables[MOST][2];          // of up to 64 values, their pieces
     Z places, shifts;           // bytes that have a field, and where it begins in them
 
-    AmxFloats(const Product& j, bool many)
-        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(many && rounds(j)),
+    explicit AmxFloats(const Product& j)
+        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(rounds(j)),
           step(rounded ? PANEL : fine), per(PANEL / step),
           x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * TILE),
           stride(x_sums + per * TURN * 4), units(panels * stride / 64) {
@@ -48,13 +49,16 @@ struct AmxFloats : Panels {
         return step;
     }
 
-    // Where many scales meet few columns each, it takes longer to keep weights as they are.
+    // With many rows of x it takes longer to bring sums and scales together than to round weights.
     static bool rounds(const Product& job) {
-        const int64_t fine = step_of(job);
-        return job.x_type == 1 && fine < 64 && (job.bits == 4 || (job.bits < 4 && fine >= CHUNK));
+        const bool in_blocks = job.block < job.columns && (job.bits == 4 || (job.bits < 4 && step_of(job) >= CHUNK));
+        return job.x_type == 1 && in_blocks && job.slots > MANY * job.experts;
     }
 
     bool affine() const { return job.zero && !rounded; }
+
+    // Whether sums of a row need nothing before they are whole.
+    bool direct() const { return rounded || (blocks == 1 && !job.zero); }
 
     int64_t tile_bytes() const { return std::min(step, CHUNK) * 2; }
 

@@ -46,9 +46,9 @@ struct Panels {
         Buffer<uint8_t> bytes, words, panel;
         const uint8_t* codes[AT_ONCE]; // of every row
 
-        explicit Scratch(int64_t room)
+        explicit Scratch(int64_t room, int64_t batch = BATCH)
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
-              offsets_by_block(AT_ONCE * room), totals(BATCH * AT_ONCE), bytes(EACH * room + 128), words(AT_ONCE * 64),
+              offsets_by_block(AT_ONCE * room), totals(batch * AT_ONCE), bytes(EACH * room + 128), words(AT_ONCE * 64),
               panel(AT_ONCE * 64 * sizeof(float)) {}
     };
 
