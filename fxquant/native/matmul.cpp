@@ -29,15 +29,15 @@ template <class Numbers> bool multiply_in_turns(const Product& job, const Number
     return run_tasks(work, slots, starts.size(), spread_width(kernel.units), first.data());
 }
 
-// Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by; but never so
-// few that decoding the weight for them takes longer.
+// Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by; where these
+// are so few that decoding the weight for them takes longer, as many as there is room for.
 template <class Numbers> bool multiply_in_parts(const Product& job) {
     const Numbers whole(job);
     if (whole.pairs() > 4) return false; // which takes longer than in float32
     if (job.ids) return multiply_in_turns(job, whole);
-    constexpr int64_t CACHE = 1500000, TURN = Numbers::TURN, MOST = Amx<Numbers>::BATCH / TURN;
-    const int64_t turns = (job.slots + TURN - 1) / TURN;
-    const int64_t most = std::min(std::max<int64_t>(CACHE / (whole.units * 64), 16), MOST), times = (turns + most - 1) / most;
+    constexpr int64_t CACHE = 1200000, TURN = Numbers::TURN, MOST = Amx<Numbers>::BATCH / TURN;
+    const int64_t turns = (job.slots + TURN - 1) / TURN, fit = CACHE / (whole.units * 64);
+    const int64_t most = fit < 8 ? MOST : std::min(fit, MOST), times = (turns + most - 1) / most;
     for (int64_t i = 0; i < times; i++) {
         const int64_t from = i * turns / times * TURN, end = std::min((i + 1) * turns / times * TURN, job.slots);
         Product part = job;

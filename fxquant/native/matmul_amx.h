@@ -14,6 +14,7 @@ template <class Numbers> struct Amx {
     static constexpr int64_t BATCH = 512; // rows of x for which a panel is decoded once
     static constexpr int VECTORS = Panels::VECTORS;
     static constexpr int AT_A_TIME = 4; // rows of the weight whose sums are added together
+    static constexpr int64_t TOGETHER = 2; // panels that are decoded before sums go on in totals
     using Ahead = Panels::Ahead;
 
     const Numbers numbers;
@@ -31,7 +32,7 @@ template <class Numbers> struct Amx {
         Buffer<float> ones;    // the scales of what has met its own
 
         explicit Scratch(int64_t room)
-            : Panels::Scratch(room, BATCH), tiles(Numbers::ROOM), sums(2 * TURN * AT_ONCE), ones(AT_ONCE) {
+            : Panels::Scratch(room, BATCH), tiles(TOGETHER * Numbers::ROOM), sums(2 * TURN * AT_ONCE), ones(AT_ONCE) {
             std::fill_n(ones.data, AT_ONCE, 1.0f);
         }
     };
@@ -62,13 +63,18 @@ template <class Numbers> struct Amx {
         const TileShapes shapes(numbers.tile_bytes());
         Ahead ahead(task, scratch, PANEL, turns);
         Due due;
-        for (int64_t panel = 0; panel < panels; panel++) {
+        const int64_t most = numbers.direct() && turns >= 8 ? TOGETHER : 1;
+        for (int64_t panel = 0; panel < panels; panel += most) {
+            const int64_t here = std::min(most, panels - panel);
             ahead.to_panel(panel);
-            numbers.with_decoder(panel, scratch, [&](const auto& decoder) { decode(decoder, panel, scratch, ahead); });
+            for (int64_t i = 0; i < here; i++)
+                numbers.with_decoder(panel + i, scratch, [&](const auto& decoder) {
+                    decode(decoder, panel + i, scratch.tiles.data + i * Numbers::ROOM, scratch, ahead);
+                });
             for (int64_t turn = 0; turn < turns; turn++) {
                 const uint8_t* const x = x_of(task, from + turn * TURN) + panel * numbers.stride;
                 float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
-                if (numbers.direct()) add(x, totals, scratch, ahead);
+                if (numbers.direct()) add(x, here, totals, scratch, ahead);
                 else multiply<AFFINE>(panel, x, totals, scratch, ahead, due);
             }
         }
@@ -145,28 +151,33 @@ template <class Numbers> struct Amx {
         before = due;
     }
 
-    // The same where nothing is due: sums go on in the totals.
-    __attribute__((noinline)) void add(const uint8_t* x, float* totals, const Scratch& scratch, Ahead& ahead) const {
+    // The same where nothing is due, with so many panels: sums go on in the totals.
+    __attribute__((noinline)) void add(const uint8_t* x, int64_t panels, float* totals, const Scratch& scratch,
+                                       Ahead& ahead) const {
         constexpr int64_t NEXT = TURN * LANES;
-        const uint8_t* const tiles = scratch.tiles.data;
         load_tile<0>(totals, 64), load_tile<1>(totals + NEXT, 64);
         load_tile<2>(totals + 2 * NEXT, 64), load_tile<3>(totals + 3 * NEXT, 64);
-        numbers.each_product(0, [&](int64_t of_x, int64_t of_weight) __attribute__((always_inline)) {
-            const uint8_t* const weight = tiles + of_weight;
-            load_tile<4>(x + of_x, 64);
-            load_tile<6>(weight, 64), Numbers::template multiply<0, 6>();
-            load_tile<7>(weight + CHUNKS * TILE, 64), Numbers::template multiply<1, 7>();
-            load_tile<6>(weight + 2 * CHUNKS * TILE, 64), Numbers::template multiply<2, 6>();
-            load_tile<7>(weight + 3 * CHUNKS * TILE, 64), Numbers::template multiply<3, 7>();
-        });
-        for (int64_t i = 0; i < Ahead::ASKS; i++) ahead.ask();
+        for (int64_t i = 0; i < panels; i++) {
+            const uint8_t* const tiles = scratch.tiles.data + i * Numbers::ROOM;
+            numbers.each_product(0, [&](int64_t of_x, int64_t of_weight) __attribute__((always_inline)) {
+                const uint8_t* const weight = tiles + of_weight;
+                load_tile<4>(x + of_x, 64);
+                load_tile<6>(weight, 64), Numbers::template multiply<0, 6>();
+                load_tile<7>(weight + CHUNKS * TILE, 64), Numbers::template multiply<1, 7>();
+                load_tile<6>(weight + 2 * CHUNKS * TILE, 64), Numbers::template multiply<2, 6>();
+                load_tile<7>(weight + 3 * CHUNKS * TILE, 64), Numbers::template multiply<3, 7>();
+            });
+            for (int64_t i = 0; i < Ahead::ASKS; i++) ahead.ask();
+            x += numbers.stride;
+        }
         store_tile<0>(totals, 64), store_tile<1>(totals + NEXT, 64);
         store_tile<2>(totals + 2 * NEXT, 64), store_tile<3>(totals + 3 * NEXT, 64);
     }
 
     // Every row of the weight that a panel has, as rows of tiles.
     template <class Decoder>
-    __attribute__((noinline)) void decode(const Decoder& given, int64_t panel, Scratch& scratch, Ahead& ahead) const {
+    __attribute__((noinline)) void decode(const Decoder& given, int64_t panel, uint8_t* to, Scratch& scratch,
+                                          Ahead& ahead) const {
         const Decoder decoder = given; // in registers
         const int64_t size = PANEL * job.bits / 8, first = panel * size, rest = numbers.bytes - first;
         const bool whole = rest >= size + numbers.behind(job.bits);
@@ -181,7 +192,7 @@ template <class Numbers> struct Amx {
                 memcpy(copy, from, std::min(rest, size));
                 from = copy;
             }
-            decoder(from, scratch.tiles.data + row / LANES * CHUNKS * TILE + row % LANES * 64, row);
+            decoder(from, to + row / LANES * CHUNKS * TILE + row % LANES * 64, row);
         }
     }
 };

@@ -120,35 +120,11 @@ struct AmxFloats : Panels {
         const Z order = _mm512_loadu_si512(columns);
         for (int64_t panel = 0; panel < panels; panel++) {
             uint8_t* const at = (uint8_t*)to + panel * stride;
+            bool taken = true;
+            with_constant<MOST>(x_pieces, [&](auto pieces) { taken = spread<pieces>(slots, count, panel, order, at); });
+            if (!taken) return false;
             float* const sums = (float*)(at + x_sums);
             memset(sums, 0, per * TURN * sizeof(float));
-            Z top[TURN] = {};
-            for (int64_t c = 0; c < PANEL; c += CHUNK) {
-                Z words[MOST][TURN] = {};
-                for (int64_t i = 0; i < count; i++) {
-                    F v[2];
-                    Z piece = some_of_x(slots[i] / job.picks, panel * PANEL + c, v);
-                    for (int p = 0;; p++) {
-                        words[p][i] = _mm512_permutexvar_epi16(order, piece);
-                        if (p + 1 == x_pieces) break;
-                        v[0] -= lower(piece), v[1] -= upper(piece);
-                        piece = rounded_pair(v[0], v[1]);
-                    }
-                    // Of numbers as bits, none is larger than one that is no number.
-                    top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(words[0][i], _mm512_set1_epi16(0x7fff)));
-                }
-                for (int p = 0; p < x_pieces; p++) {
-                    transpose(words[p]);
-                    memcpy(at + (p * CHUNKS + c / CHUNK) * TILE, words[p], TILE);
-                }
-            }
-            for (int64_t i = 0; i < count; i++) {
-                const Z even = _mm512_slli_epi32(top[i], 16), odd = top[i];
-                const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(even, odd));
-                // Matrix units take what is smaller than 2^-126 for zero: it has to be small beside the largest.
-                if (largest >= as<uint32_t>(0x1p100f)) return false;
-                if (largest >= 1 << 16 && largest < as<uint32_t>(0x1p-80f)) return false; // below there is another's half
-            }
             if (!affine()) continue;
             for (int64_t i = 0; i < count; i++)
                 for (int64_t c = 0; c < PANEL; c += CHUNK) {
@@ -156,6 +132,38 @@ struct AmxFloats : Panels {
                     some_of_x(slots[i] / job.picks, panel * PANEL + c, v);
                     for (int half = 0; half < 2; half++) sums[(c + half * LANES) / step * TURN + i] += sum(v[half]);
                 }
+        }
+        return true;
+    }
+
+    // A panel of them, each float in P pieces.
+    template <int P> bool spread(const int64_t* slots, int64_t count, int64_t panel, Z order, uint8_t* to) const {
+        Z top[TURN] = {};
+        for (int64_t c = 0; c < PANEL; c += CHUNK) {
+            Z words[P][TURN];
+            for (int64_t i = 0; i < TURN; i++) {
+                F v[2] = {};
+                Z piece = i < count ? some_of_x(slots[i] / job.picks, panel * PANEL + c, v) : Z{};
+                // Of numbers as bits, none is larger than one that is no number.
+                top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(piece, _mm512_set1_epi16(0x7fff)));
+                for (int p = 0;; p++) {
+                    words[p][i] = _mm512_permutexvar_epi16(order, piece);
+                    if (p + 1 == P) break;
+                    v[0] -= lower(piece), v[1] -= upper(piece);
+                    piece = rounded_pair(v[0], v[1]);
+                }
+            }
+            for (int p = 0; p < P; p++) {
+                transpose(words[p]);
+                memcpy(to + (p * CHUNKS + c / CHUNK) * TILE, words[p], TILE);
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const Z even = _mm512_slli_epi32(top[i], 16), odd = top[i];
+            const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(even, odd));
+            // Matrix units take what is smaller than 2^-126 for zero: it has to be small beside the largest.
+            if (largest >= as<uint32_t>(0x1p100f)) return false;
+            if (largest >= 1 << 16 && largest < as<uint32_t>(0x1p-80f)) return false; // below there is another's half
         }
         return true;
     }
