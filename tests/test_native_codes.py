@@ -185,6 +185,25 @@ def test_a_layer_of_experts_with_static_scales_is_left_to_plain_torch() -> None:
         assert native.gated_experts(x, ids, weights, (first, scheme), (second, scheme), inner, count) is None
 
 
+@pytest.mark.parametrize("scale", [2.0**-119, 3e-5, 1.0, 7e4, 2.0**119])
+def test_codes_of_floats_next_to_the_middle_of_two(scale: float) -> None:
+    """Of quotients that are next to a half, to the last bit: with the weight one, y is what codes stand for."""
+    scheme, k = Scheme.parse("int8-row+int8"), 256
+    planes = {"codes": torch.eye(k, dtype=torch.int8), "scales": torch.ones(k, 1)}
+    x = torch.arange(-127.0, 127.0).add(0.5).mul(1.2345 * scale).repeat(9, 1)
+    for row in range(9):  # from four floats below to four above
+        for _ in range(abs(row - 4)):
+            x[row] = x[row].nextafter(torch.tensor(math.inf if row > 4 else -math.inf))
+    x = torch.cat((x, torch.full((9, 2), 127 * 1.2345 * scale)), 1)
+    assert scheme.activation is not None
+    values = dequantize_activation(*quantize_activation(x, scheme.activation), scheme.activation)
+    for rows in (1, 9):
+        with native.from_size(0):
+            y = native.linear(x[-rows:], planes, scheme, k, None)
+        assert y is not None
+        assert torch.equal(y, values[-rows:])
+
+
 @pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8", "int3-g64+int8"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_shows_in_its_row_alone(spelling: str, value: float) -> None:

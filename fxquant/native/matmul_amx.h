@@ -1,6 +1,7 @@
 // Products on matrix units. 64 rows and 128 columns of the weight, a panel, are decoded at a time, and multiplied with 16
 // rows of x after another. Where scales end, or with the panel, sums meet their scales; that of one step is done while
-// the matrix units are at the next. Rows of y do not depend on others, nor on the number of threads.
+// the matrix units are at the next. Where sums only go on, and totals of many rows of x pass through the second-level
+// cache, it is two panels at a time. Rows of y do not depend on others, nor on the number of threads.
 //
 // `Numbers` says what is multiplied: how rows of x lie as tiles, how codes of the weight become tiles, which of them meet
 // in a step, and how its sums are added to totals.
@@ -14,7 +15,6 @@ template <class Numbers> struct Amx {
     static constexpr int64_t BATCH = 512; // rows of x for which a panel is decoded once
     static constexpr int VECTORS = Panels::VECTORS;
     static constexpr int AT_A_TIME = 4; // rows of the weight whose sums are added together
-    static constexpr int64_t TOGETHER = 2; // panels that are decoded before sums go on in totals
     using Ahead = Panels::Ahead;
 
     const Numbers numbers;
@@ -32,7 +32,8 @@ template <class Numbers> struct Amx {
         Buffer<float> ones;    // the scales of what has met its own
 
         explicit Scratch(int64_t room)
-            : Panels::Scratch(room, BATCH), tiles(TOGETHER * Numbers::ROOM), sums(2 * TURN * AT_ONCE), ones(AT_ONCE) {
+            : Panels::Scratch(room, BATCH), tiles(Numbers::TOGETHER * Numbers::ROOM), sums(2 * TURN * AT_ONCE),
+              ones(AT_ONCE) {
             std::fill_n(ones.data, AT_ONCE, 1.0f);
         }
     };
@@ -63,7 +64,7 @@ template <class Numbers> struct Amx {
         const TileShapes shapes(numbers.tile_bytes());
         Ahead ahead(task, scratch, PANEL, turns);
         Due due;
-        const int64_t most = numbers.direct() && turns >= 8 ? TOGETHER : 1;
+        const int64_t most = turns < 8 ? 1 : numbers.together();
         for (int64_t panel = 0; panel < panels; panel += most) {
             const int64_t here = std::min(most, panels - panel);
             ahead.to_panel(panel);

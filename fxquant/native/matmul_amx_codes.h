@@ -7,6 +7,7 @@ namespace {
 struct AmxCodes : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, TURN = 16; // columns; rows of x that meet a panel at a time
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / 64, ROOM = VECTORS * CHUNKS * TILE; // bytes; of a panel
+    static constexpr int64_t TOGETHER = 1; // panels that are decoded before rows of x meet them
 
     const Inputs<1> inputs;
     const bool one_scale; // of a row of x, with which it is multiplied at the end
@@ -24,6 +25,7 @@ struct AmxCodes : Panels {
 
     static constexpr int64_t pairs() { return 1; }
     static constexpr bool direct() { return false; }
+    static constexpr int64_t together() { return TOGETHER; }
     static constexpr bool rounded = false;
     bool affine() const { return job.zero; }
 

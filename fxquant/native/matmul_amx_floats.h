@@ -14,6 +14,7 @@ struct AmxFloats : Panels {
     static constexpr int64_t MANY = 32;               // rows of x
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / CHUNK, PIECE = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t ROOM = MOST * PIECE;
+    static constexpr int64_t TOGETHER = 2; // panels that are decoded before rows of x meet them, or fewer
 
     const int64_t panels;       // of a row
     const int64_t fine;         // columns under one scale
@@ -59,6 +60,9 @@ struct AmxFloats : Panels {
 
     // Whether sums of a row need nothing before they are whole.
     bool direct() const { return rounded || (blocks == 1 && !job.zero); }
+
+    // With more than two panels, or with three pieces of x, the first-level cache is too small for what they meet.
+    int64_t together() const { return direct() && x_pieces < MOST ? TOGETHER : 1; }
 
     int64_t tile_bytes() const { return std::min(step, CHUNK) * 2; }
 
