@@ -132,16 +132,16 @@ template <int DIGITS> struct Inputs {
         // less than 1e-4 away from it: that matters where it is as close to the middle between two codes.
         const float inverse = 1 / scale;
         const bool quick = inverse >= 0x1p-126f;
-        const __m512 most = _mm512_set1_ps(127), least = _mm512_set1_ps(-127);
+        const auto held_in = [](__m512 t) __attribute__((always_inline)) { // NaN where t is
+            return _mm512_max_ps(_mm512_set1_ps(-127), _mm512_min_ps(_mm512_set1_ps(127), t));
+        };
         each(row, first, end, [&](int64_t i, __m512 v) __attribute__((always_inline)) {
-            const __m512 t = _mm512_mul_ps(v, _mm512_set1_ps(inverse));
-            __m512 held = _mm512_max_ps(least, _mm512_min_ps(most, t)); // NaN where t is
+            __m512 held = held_in(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
             const __m512 off = _mm512_sub_ps(held, _mm512_roundscale_ps(held, _MM_FROUND_TO_NEAREST_INT));
             __mmask16 numbers = 0xffff;
             if (!quick || _mm512_cmp_ps_mask(_mm512_abs_ps(off), _mm512_set1_ps(0.4999f), _CMP_NLE_UQ)) {
-                const __m512 exact = _mm512_div_ps(v, _mm512_set1_ps(scale));
-                held = _mm512_max_ps(_mm512_min_ps(exact, most), least);
-                numbers = _mm512_cmp_ps_mask(exact, exact, _CMP_ORD_Q);
+                held = held_in(_mm512_div_ps(v, _mm512_set1_ps(scale)));
+                numbers = _mm512_cmp_ps_mask(held, held, _CMP_ORD_Q);
             }
             _mm_storeu_si128((__m128i*)place(to, i, 0), _mm512_cvtepi32_epi8(_mm512_maskz_cvtps_epi32(numbers, held)));
         });
