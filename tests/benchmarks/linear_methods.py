@@ -125,7 +125,7 @@ def run_rounds(methods: Sequence[Method], x: Tensor, rounds: int, reading: Readi
     """Time every method once in every round, in turn the first, and the reading with them.
 
     As in a model, where layer follows on layer, code is in a cache and weights are not: before it is timed, each runs
-    on another copy of its weight. What the first call with a weight prepares is there: no copy is timed in its first one.
+    on another copy of its weight. Nor is a copy timed in its first call, which prepares what others find.
     """
     for method in methods:
         while method.calls < len(method.copies):
