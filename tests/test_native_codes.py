@@ -98,6 +98,20 @@ def test_a_row_depends_on_nothing_else(spelling: str) -> None:
         assert torch.equal(y, found[-1][: len(y)])
 
 
+@pytest.mark.parametrize("code", [-128, 127])
+@pytest.mark.parametrize("k", [1 << 16, (1 << 16) + 128])
+def test_the_largest_sums(k: int, code: int) -> None:
+    """Of rows under one scale, which are added up in 32 bits where these hold any sum."""
+    scheme, n = Scheme.parse("int8-row+int8"), 3
+    planes = {"codes": torch.full((n, k), code, dtype=torch.int8), "scales": torch.ones(n, 1)}
+    for rows in (1, 9):
+        x = torch.ones(rows, k)
+        with native.from_size(0):
+            y = native.linear(x, planes, scheme, n, None)
+        assert y is not None
+        check(y, x, planes, scheme, n, None)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("spelling", ["int4-g128+int8", "int8-row+int8"])
 def test_a_weight_that_several_spans_of_rows_make_up(spelling: str) -> None:

@@ -48,7 +48,7 @@ template <class Numbers> struct Amx {
 
     void run(const Task& task, Scratch& scratch) const {
         numbers.load_numbers(task, scratch);
-        numbers.by_block(scratch);
+        if (!numbers.rounded) numbers.by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
             with_flag(numbers.affine(), [&](auto affine) {
                 batch<affine>(task, from, std::min(task.count - from, BATCH), scratch);

@@ -7,7 +7,7 @@ namespace {
 struct AmxCodes : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, TURN = 16; // columns; rows of x that meet a panel at a time
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / 64, ROOM = VECTORS * CHUNKS * TILE; // bytes; of a panel
-    static constexpr int64_t TOGETHER = 1; // panels that are decoded before rows of x meet them
+    static constexpr int64_t TOGETHER = 4; // panels that are decoded before rows of x meet them, or fewer
 
     const Inputs<1> inputs;
     const bool one_scale; // of a row of x, with which it is multiplied at the end
@@ -24,8 +24,8 @@ struct AmxCodes : Panels {
     int64_t products() const { return step / tile_bytes(); }
 
     static constexpr int64_t pairs() { return 1; }
-    static constexpr bool direct() { return false; }
-    static constexpr int64_t together() { return TOGETHER; }
+    bool direct() const { return inputs.whole; }
+    int64_t together() const { return direct() ? TOGETHER : 1; }
     static constexpr bool rounded = false;
     bool affine() const { return job.zero; }
 
@@ -62,6 +62,10 @@ struct AmxCodes : Panels {
                     float* const own = numbers + s * 3 * TURN + i;
                     write(own, of_x.starts[0][0]), own[TURN] = of_x.total, own[2 * TURN] = of_x.scale;
                 }
+            if (panel && direct()) { // all of them begin in the first panel
+                float* const starts = (float*)of_step((uint8_t*)to, 0);
+                write(starts, read<I>(starts) + read<I>(numbers));
+            }
         }
         return true;
     }
@@ -77,7 +81,11 @@ struct AmxCodes : Panels {
         return add_sum<AFFINE>(total, sum, all(scale), all(offset), of_x, scale_of_x, job.zero, one_scale);
     }
 
-    F last(F total, const uint8_t* x) const { return one_scale ? total * load(of_step(x, 0) + 2 * TURN) : total; }
+    F last(F total, const uint8_t* x) const {
+        const float* const own = of_step(x, 0);
+        if (direct()) total = __builtin_convertvector((I)total + read<I>(own), F);
+        return one_scale ? total * load(own + 2 * TURN) : total;
+    }
 
     static constexpr int64_t behind(int64_t) { return 0; }
 

@@ -112,8 +112,16 @@ template <int DIGITS> struct Codes : Panels {
         }
     }
 
-    template <bool AFFINE> F added(F total, F sum, F scale, F offset, F of_x, F own) const {
-        return add_sum<AFFINE>(total, sum, scale, offset, of_x, own, job.zero, DIGITS == 1 && one_scale);
+    // What there is and a step's sums. Whole numbers go on as they are, and meet scales when a row ends.
+    template <bool AFFINE> F added(F total, const Z* sums, int apart, F scale, F offset, F of_x, F own) const {
+        if (!AFFINE && inputs.whole) return (F)_mm512_add_epi32((Z)total, *sums);
+        return add_sum<AFFINE>(total, value(sums, apart), scale, offset, of_x, own, job.zero, DIGITS == 1 && one_scale);
+    }
+
+    // A total with the scales that it has not met: that of x, and of the weight.
+    float last(float total, const float* x, float scale) const {
+        const float own = one_scale ? inputs.steps(x, 0)->scale : 1;
+        return inputs.whole ? as<int32_t>(total) * own * scale : total * own;
     }
 
     // Sets of 4 rows of the weight that are multiplied at once. With two, what is read of x serves 8 rows.
@@ -133,7 +141,7 @@ template <int DIGITS> struct Codes : Panels {
                         found[m][row + i * EACH / SETS + r * EACH] = totals[m / 4][i][4 * r + m % 4];
         }
         for (int m = 0; m < M; m++) {
-            for (float& y : found[m]) y *= one_scale ? inputs.steps(xs[m], 0)->scale : 1.0f;
+            for (int64_t i = 0; i < AT_ONCE; i++) found[m][i] = last(found[m][i], xs[m], scratch.scales.data[i * room]);
             task.put(m, found[m]);
         }
     }
@@ -210,7 +218,7 @@ template <int DIGITS> struct Codes : Panels {
                             if (affine) of_x = by_token<N>([&](int m) { return step(FROM + m).total; });
                             if (!one_scale) own = by_token<N>([&](int m) { return step(FROM + m).scale; });
                             F& total = totals[FROM / 4][i];
-                            total = added<affine>(total, value(&sum, 1), scale, offset, of_x, own);
+                            total = added<affine>(total, &sum, 1, scale, offset, of_x, own);
                         };
                         add(std::integral_constant<int, 0>{});
                         if constexpr (M > 4) add(std::integral_constant<int, 4>{});
@@ -240,7 +248,7 @@ template <int DIGITS> struct Codes : Panels {
         }
         for (int64_t i = 0; i < count; i++) {
             float* const total = scratch.totals.data + i * AT_ONCE;
-            for (int64_t r = 0; one_scale && r < AT_ONCE; r++) total[r] *= inputs.steps(xs[i], 0)->scale;
+            for (int64_t r = 0; r < AT_ONCE; r++) total[r] = last(total[r], xs[i], scratch.scales_by_block.data[r]);
             task.put(from + i, total);
         }
     }
@@ -290,8 +298,8 @@ template <int DIGITS> struct Codes : Panels {
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++) {
                         float* const to = scratch.totals.data + (token + t) * AT_ONCE + v * LANES;
-                        const F sum = value(&sums[t * DIGITS][v], VECTORS), scale = load(scales + v * LANES);
-                        store(to, added<affine>(load(to), sum, scale, affine ? load(offsets + v * LANES) : F{}, of_x, own));
+                        const F scale = load(scales + v * LANES), offset = affine ? load(offsets + v * LANES) : F{};
+                        store(to, added<affine>(load(to), &sums[t * DIGITS][v], VECTORS, scale, offset, of_x, own));
                     }
                 }
             };

@@ -33,10 +33,12 @@ template <int DIGITS> struct Inputs {
     const int64_t step, per; // columns of a step, and steps of a panel
     const int64_t stride;    // bytes of a panel: one digit of all columns behind the other, then steps
     const int64_t units;     // of a row
+    const bool whole;        // sums of a row's products are whole numbers up to its end, and 32 bits hold them
 
     explicit Inputs(const Product& j)
         : job(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), per(PANEL / step),
-          stride(DIGITS * PANEL + per * sizeof(Step)), units((panels * stride + 63) / 64) {}
+          stride(DIGITS * PANEL + per * sizeof(Step)), units((panels * stride + 63) / 64),
+          whole(DIGITS == 1 && j.block >= j.columns && j.x_group >= j.columns && !j.zero && j.columns <= 1 << 16) {}
 
     // A power of two, since blocks of the weight and groups of x consist of 16 columns.
     static int64_t step_of(const Product& job) {
