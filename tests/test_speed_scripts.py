@@ -82,10 +82,13 @@ def test_every_way_is_there_on_request_and_none_but_the_op_for_codes() -> None:
 
 def test_rounds_time_everything_once_each_and_start_with_each_in_turn() -> None:
     order: list[str] = []
-    methods = [Method(name, False, [lambda x, n=name: order.append(n) or x], torch.ones(1)) for name in "abc"]
+    methods = [
+        Method(n, False, [lambda x, c=c: order.append(c) or x for c in n], torch.ones(1)) for n in ("aA", "bB", "cC")
+    ]
     reading = Reading.of(1, 2)
     run_rounds(methods, torch.ones(1), 3, reading)
-    assert "".join(order) == "aabbccbbccaaccaabb", "code is warm, weights are not"
+    assert "".join(order[:6]) == "aAbBcC", "every copy has been called"
+    assert "".join(order[6:]) == "aAbBcCbBcCaAcCaAbB", "code is warm, weights are not"
     assert [len(timed.seconds) for timed in (*methods, reading)] == [3] * 4
     assert reading.nbytes == 1 << 20
     assert reading.rate > 0
