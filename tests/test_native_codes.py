@@ -100,12 +100,13 @@ def test_a_row_depends_on_nothing_else(spelling: str) -> None:
 
 @pytest.mark.parametrize("code", [-128, 127])
 @pytest.mark.parametrize("k", [1 << 16, (1 << 16) + 128])
-def test_the_largest_sums(k: int, code: int) -> None:
-    """Of rows under one scale, which are added up in 32 bits where these hold any sum."""
+@pytest.mark.parametrize(("scale", "value"), [(1.0, 1.0), (1e-6, 1e36)])
+def test_the_largest_sums(k: int, code: int, scale: float, value: float) -> None:
+    """Of rows under one scale, which are added up in 32 bits where these hold any sum; they meet the weight's first."""
     scheme, n = Scheme.parse("int8-row+int8"), 3
-    planes = {"codes": torch.full((n, k), code, dtype=torch.int8), "scales": torch.ones(n, 1)}
-    for rows in (1, 9):
-        x = torch.ones(rows, k)
+    planes = {"codes": torch.full((n, k), code, dtype=torch.int8), "scales": torch.full((n, 1), scale)}
+    for rows in (1, 7, 9):
+        x = torch.full((rows, k), value)
         with native.from_size(0):
             y = native.linear(x, planes, scheme, n, None)
         assert y is not None

@@ -1,7 +1,7 @@
 // Products on matrix units. 64 rows and 128 columns of the weight, a panel, are decoded at a time, and multiplied with 16
 // rows of x after another. Where scales end, or with the panel, sums meet their scales; that of one step is done while
 // the matrix units are at the next. Where sums only go on, and totals of many rows of x pass through the second-level
-// cache, it is two panels at a time. Rows of y do not depend on others, nor on the number of threads.
+// cache, several panels are decoded at a time. Rows of y do not depend on others, nor on the number of threads.
 //
 // `Numbers` says what is multiplied: how rows of x lie as tiles, how codes of the weight become tiles, which of them meet
 // in a step, and how its sums are added to totals.
@@ -95,7 +95,7 @@ template <class Numbers> struct Amx {
         for (int v = 0; v < VECTORS; v++) {
             Z rows[16];
             memcpy(rows, totals + v * LANES * TURN, sizeof rows);
-            for (int i = 0; i < 16; i++) rows[i] = (Z)(numbers.last((F)rows[i], x) * all(scales[v * LANES + i]));
+            for (int i = 0; i < 16; i++) rows[i] = (Z)numbers.last((F)rows[i], scales[v * LANES + i], x);
             transpose(rows);
             for (int i = 0; i < 16; i++) store(&found[i][v * LANES], (F)rows[i]);
         }
@@ -145,8 +145,7 @@ template <class Numbers> struct Amx {
             store_tile<0>(sums, 64), store_tile<1>(sums + TURN * LANES, 64);
             store_tile<2>(sums + 2 * TURN * LANES, 64), store_tile<3>(sums + 3 * TURN * LANES, 64);
             const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
-            const float* const scales = numbers.rounded ? scratch.ones.data : scratch.scales_by_block.data + block;
-            due = {sums, scales, scratch.offsets_by_block.data + block, x, s, totals};
+            due = {sums, scratch.scales_by_block.data + block, scratch.offsets_by_block.data + block, x, s, totals};
             sums = scratch.sums.data + (sums == scratch.sums.data ? TURN * AT_ONCE : 0);
         }
         before = due;

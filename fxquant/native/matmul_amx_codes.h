@@ -81,9 +81,9 @@ struct AmxCodes : Panels {
         return add_sum<AFFINE>(total, sum, all(scale), all(offset), of_x, scale_of_x, job.zero, one_scale);
     }
 
-    F last(F total, const uint8_t* x) const {
+    F last(F total, float scale, const uint8_t* x) const {
         const float* const own = of_step(x, 0);
-        if (direct()) total = __builtin_convertvector((I)total + read<I>(own), F);
+        if (direct()) total = __builtin_convertvector((I)total + read<I>(own), F) * all(scale);
         return one_scale ? total * load(own + 2 * TURN) : total;
     }
 

@@ -197,7 +197,7 @@ struct AmxFloats : Panels {
         return multiply_add(sum, all(scale), multiply_add(all(offset), of_x, total));
     }
 
-    static F last(F total, const uint8_t*) { return total; }
+    static F last(F total, float scale, const uint8_t*) { return total * all(scale); }
 
     // Bytes that are read behind a panel of a row.
     static constexpr int64_t behind(int64_t bits) { return bits == 4 || bits == 8 ? 0 : 16; }

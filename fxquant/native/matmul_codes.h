@@ -118,10 +118,10 @@ template <int DIGITS> struct Codes : Panels {
         return add_sum<AFFINE>(total, value(sums, apart), scale, offset, of_x, own, job.zero, DIGITS == 1 && one_scale);
     }
 
-    // A total with the scales that it has not met: that of x, and of the weight.
+    // A total with the scales that it has not met. That of the weight comes first, since floats of any size are in x.
     float last(float total, const float* x, float scale) const {
         const float own = one_scale ? inputs.steps(x, 0)->scale : 1;
-        return inputs.whole ? as<int32_t>(total) * own * scale : total * own;
+        return inputs.whole ? as<int32_t>(total) * scale * own : total * own;
     }
 
     // Sets of 4 rows of the weight that are multiplied at once. With two, what is read of x serves 8 rows.
