@@ -16,14 +16,14 @@ inline bool has_tiles() {
     return granted;
 }
 
-// As instructions, since headers of compilers have macros of statements. What a tile is loaded from is read as memory, so
-// that what is written before is there.
+// As instructions, since headers of compilers have macros of statements. They read and write memory behind a pointer, as
+// much as there is, so that what is written before is there, and nothing else is read again.
 template <int TILE> inline void load_tile(const void* from, int64_t apart) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(apart), "i"(TILE) : "memory");
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(apart), "i"(TILE), "m"(*(const char(*)[])from));
 }
 
 template <int TILE> inline void store_tile(void* to, int64_t apart) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(apart), "i"(TILE) : "memory");
+    asm volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(*(char(*)[])to) : "r"(to), "r"(apart), "i"(TILE));
 }
 
 template <int TILE> inline void clear_tile() { asm volatile("tilezero %%tmm%c0" : : "i"(TILE)); }
@@ -51,9 +51,9 @@ struct TileShapes {
             shapes.bytes[i] = (uint16_t)(i < 6 ? 64 : bytes);
             shapes.rows[i] = (uint8_t)(i == 4 || i == 5 ? bytes / 4 : 16);
         }
-        _tile_loadconfig(&shapes);
+        asm volatile("ldtilecfg %0" : : "m"(shapes));
     }
-    ~TileShapes() { _tile_release(); }
+    ~TileShapes() { asm volatile("tilerelease"); }
     TileShapes(const TileShapes&) = delete;
 };
 

@@ -15,14 +15,30 @@ template <class Numbers> struct Amx {
     static constexpr int64_t BATCH = 512; // rows of x for which a panel is decoded once
     static constexpr int VECTORS = Panels::VECTORS;
     static constexpr int AT_A_TIME = 4; // rows of the weight whose sums are added together
+    static constexpr int64_t SUMS = TURN * LANES; // of a tile
     using Ahead = Panels::Ahead;
 
     const Numbers numbers;
     const Product& job;
     const int64_t room, panels, units; // as there
 
+    // A tile of x and, of the first 16 rows, one of the weight: in bytes behind the turn's panel and the weight's.
+    struct Pair {
+        int64_t of_x, of_weight;
+    };
+    std::vector<Pair> pairs; // that are multiplied: those of a step behind those of another
+    const int64_t each;      // of a step
+
     explicit Amx(Numbers given)
-        : numbers(given), job(numbers.job), room(numbers.room), panels(numbers.panels), units(numbers.units) {}
+        : numbers(given), job(numbers.job), room(numbers.room), panels(numbers.panels), units(numbers.units),
+          pairs(pairs_of(given)), each(pairs.size() / numbers.per) {}
+
+    static std::vector<Pair> pairs_of(const Numbers& numbers) {
+        std::vector<Pair> found;
+        for (int64_t s = 0; s < numbers.per; s++)
+            numbers.each_product(s, [&](int64_t of_x, int64_t of_weight) { found.push_back({of_x, of_weight}); });
+        return found;
+    }
 
     static bool reads_in_streams(const Product&) { return false; }
 
@@ -38,32 +54,37 @@ template <class Numbers> struct Amx {
         }
     };
 
-    // A step's sums that are there, its scales, what there is of x, and where they go.
+    // The sums of a step with a turn: where they are, unless in tiles, the scales that they meet, what there is of x, and
+    // where they go.
     struct Due {
-        const float *sums, *scales, *offsets;
-        const uint8_t* x;
-        int64_t step;
+        const float *scales, *offsets;
+        const float* x;
         float* totals = nullptr;
+        float* sums = nullptr;
+    };
+
+    // What has been multiplied and not yet added to totals: the last sums are in tiles, those before them are stored.
+    struct Pending {
+        Due stored, held;
     };
 
     void run(const Task& task, Scratch& scratch) const {
         numbers.load_numbers(task, scratch);
         if (!numbers.rounded) numbers.by_block(scratch);
         for (int64_t from = 0; from < task.count; from += BATCH)
-            with_flag(numbers.affine(), [&](auto affine) {
-                batch<affine>(task, from, std::min(task.count - from, BATCH), scratch);
-            });
+            batch(task, from, std::min(task.count - from, BATCH), scratch);
     }
 
     // Of the turn that has this row of x.
     static const uint8_t* x_of(const Task& task, int64_t row) { return (const uint8_t*)(task.x + row / TURN * task.width); }
 
-    template <bool AFFINE> void batch(const Task& task, int64_t from, int64_t count, Scratch& scratch) const {
+    void batch(const Task& task, int64_t from, int64_t count, Scratch& scratch) const {
         const int64_t turns = (count + TURN - 1) / TURN;
         memset(scratch.totals.data, 0, turns * TURN * AT_ONCE * sizeof(float));
         const TileShapes shapes(numbers.tile_bytes());
         Ahead ahead(task, scratch, PANEL, turns);
-        Due due;
+        Pending pending;
+        float* held = scratch.sums.data; // where sums go on that are in tiles; at first to where nobody looks
         const int64_t most = turns < 8 ? 1 : numbers.together();
         for (int64_t panel = 0; panel < panels; panel += most) {
             const int64_t here = std::min(most, panels - panel);
@@ -75,16 +96,24 @@ template <class Numbers> struct Amx {
             for (int64_t turn = 0; turn < turns; turn++) {
                 const uint8_t* const x = x_of(task, from + turn * TURN) + panel * numbers.stride;
                 float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
-                if (numbers.direct()) add(x, here, totals, scratch, ahead);
-                else multiply<AFFINE>(panel, x, totals, scratch, ahead, due);
+                if (numbers.direct()) add(x, here, totals, scratch, ahead, held);
+                else with_kind([&](auto kind) { multiply<kind>(panel, x, totals, scratch, ahead, pending); });
             }
         }
-        for (int64_t row = 0; due.totals && row < AT_ONCE; row += AT_A_TIME) settle<AFFINE>(due, row);
+        if (numbers.direct()) each_sum([&](auto v) { store_tile<v>(held + v * SUMS, 64); });
+        else with_kind([&](auto kind) { finish<kind>(scratch, pending); });
         const float* const scales = numbers.direct() && !numbers.rounded ? scratch.scales_by_block.data : scratch.ones.data;
         for (int64_t turn = 0; turn < turns; turn++) {
             const float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
             put(task, from + turn * TURN, std::min(count - turn * TURN, TURN), totals, scales);
         }
+    }
+
+    // `function` with how sums meet scales.
+    template <class Function> void with_kind(const Function& function) const {
+        with_constant<Numbers::KINDS>(numbers.kind + 1, [&](auto n) {
+            function(std::integral_constant<int, n - 1>{});
+        });
     }
 
     // Some rows of the result, of totals `[rows of the weight, rows of x]` and what each row of the weight is still to be
@@ -103,75 +132,96 @@ template <class Numbers> struct Amx {
     }
 
     // What is due of a few rows of the weight.
-    template <bool AFFINE> __attribute__((always_inline)) void settle(const Due& due, int64_t row) const {
+    template <int KIND> __attribute__((always_inline)) void settle(const Due& due, int64_t row) const {
         float* const totals = due.totals + row * TURN;
         F found[AT_A_TIME];
 #pragma GCC unroll 4
-        for (int i = 0; i < AT_A_TIME; i++) {
-            const float offset = AFFINE ? due.offsets[row + i] : 0;
-            found[i] = numbers.template added<AFFINE>(load(totals + i * TURN), due.sums + (row + i) * TURN,
-                                                      due.scales[row + i], offset, due.x, due.step);
-        }
+        for (int i = 0; i < AT_A_TIME; i++)
+            found[i] = Numbers::template added<KIND>(load(totals + i * TURN), due.sums + (row + i) * TURN,
+                                                     due.scales + row + i, due.offsets + row + i, due.x);
 #pragma GCC unroll 4
         for (int i = 0; i < AT_A_TIME; i++) store(totals + i * TURN, found[i]);
     }
 
-    // A turn of rows of x with a panel. What is due is settled meanwhile, and its last sums are due then.
-    template <bool AFFINE>
-    __attribute__((noinline)) void multiply(int64_t panel, const uint8_t* x, float* totals, Scratch& scratch, Ahead& ahead,
-                                            Due& before) const {
-        const int64_t parts = numbers.products() * VECTORS;
-        const int64_t each = (AT_ONCE / AT_A_TIME + parts - 1) / parts * AT_A_TIME; // rows that a part settles
-        const uint8_t* const tiles = scratch.tiles.data;
-        Due due = before;
-        float* sums = scratch.sums.data + (due.totals && due.sums == scratch.sums.data ? TURN * AT_ONCE : 0);
-        for (int64_t s = 0; s < numbers.per; s++) {
-            int64_t row = due.totals ? 0 : AT_ONCE;
-            clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-            numbers.each_product(s, [&](int64_t of_x, int64_t of_weight) __attribute__((always_inline)) {
-                load_tile<4>(x + of_x, 64);
-                const auto multiply = [&](auto v, auto tile) __attribute__((always_inline)) {
-                    load_tile<tile>(tiles + of_weight + v * CHUNKS * TILE, 64);
-                    Numbers::template multiply<v, tile>();
-                    const int64_t end = std::min(row + each, AT_ONCE);
-                    for (; row < end; row += AT_A_TIME) settle<AFFINE>(due, row);
-                };
-                const std::integral_constant<int, 6> even;
-                const std::integral_constant<int, 7> odd;
-                multiply(std::integral_constant<int, 0>{}, even), multiply(std::integral_constant<int, 1>{}, odd);
-                multiply(std::integral_constant<int, 2>{}, even), multiply(std::integral_constant<int, 3>{}, odd);
-            });
-            for (int64_t i = 0; i < Ahead::ASKS / numbers.per; i++) ahead.ask();
-            store_tile<0>(sums, 64), store_tile<1>(sums + TURN * LANES, 64);
-            store_tile<2>(sums + 2 * TURN * LANES, 64), store_tile<3>(sums + 3 * TURN * LANES, 64);
-            const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
-            due = {sums, scratch.scales_by_block.data + block, scratch.offsets_by_block.data + block, x, s, totals};
-            sums = scratch.sums.data + (sums == scratch.sums.data ? TURN * AT_ONCE : 0);
-        }
-        before = due;
+    // Where no sums are stored, but the last ones.
+    float* other_sums(const Scratch& scratch, const Due& stored) const {
+        return scratch.sums.data + (stored.sums == scratch.sums.data ? VECTORS * SUMS : 0);
     }
 
-    // The same where nothing is due, with so many panels: sums go on in the totals.
-    __attribute__((noinline)) void add(const uint8_t* x, int64_t panels, float* totals, const Scratch& scratch,
-                                       Ahead& ahead) const {
-        constexpr int64_t NEXT = TURN * LANES;
-        load_tile<0>(totals, 64), load_tile<1>(totals + NEXT, 64);
-        load_tile<2>(totals + 2 * NEXT, 64), load_tile<3>(totals + 3 * NEXT, 64);
-        for (int64_t i = 0; i < panels; i++) {
-            const uint8_t* const tiles = scratch.tiles.data + i * Numbers::ROOM;
-            numbers.each_product(0, [&](int64_t of_x, int64_t of_weight) __attribute__((always_inline)) {
-                const uint8_t* const weight = tiles + of_weight;
-                load_tile<4>(x + of_x, 64);
-                load_tile<6>(weight, 64), Numbers::template multiply<0, 6>();
-                load_tile<7>(weight + CHUNKS * TILE, 64), Numbers::template multiply<1, 7>();
-                load_tile<6>(weight + 2 * CHUNKS * TILE, 64), Numbers::template multiply<2, 6>();
-                load_tile<7>(weight + 3 * CHUNKS * TILE, 64), Numbers::template multiply<3, 7>();
+    // All that is pending.
+    template <int KIND> __attribute__((noinline)) void finish(const Scratch& scratch, Pending& pending) const {
+        pending.held.sums = other_sums(scratch, pending.stored);
+        each_sum([&](auto v) { store_tile<v>(pending.held.sums + v * SUMS, 64); });
+        for (const Due& due : {pending.stored, pending.held})
+            for (int64_t row = 0; due.totals && row < AT_ONCE; row += AT_A_TIME) settle<KIND>(due, row);
+    }
+
+    // `function` with the number of each tile of sums.
+    template <class Function> static __attribute__((always_inline)) void each_sum(const Function& function) {
+        function(std::integral_constant<int, 0>{}), function(std::integral_constant<int, 1>{});
+        function(std::integral_constant<int, 2>{}), function(std::integral_constant<int, 3>{});
+    }
+
+    // The products of a step. `begin` makes a tile ready for its sums, just before they begin: what it held has long been
+    // added up by then, and the units need not wait for it. `meanwhile` is what else is done, a bit behind each product.
+    template <class Begin, class Meanwhile>
+    __attribute__((always_inline)) void products(int64_t s, const uint8_t* x, const uint8_t* weight, const Begin& begin,
+                                                 const Meanwhile& meanwhile) const {
+        const Pair *pair = pairs.data() + s * each, *const end = pair + each;
+        for (bool first = true; pair < end; pair++, first = false) {
+            const uint8_t* const tiles = weight + pair->of_weight;
+            load_tile<4>(x + pair->of_x, 64);
+            each_sum([&](auto v) __attribute__((always_inline)) {
+                constexpr int W = 6 + v % 2;
+                load_tile<W>(tiles + v * CHUNKS * TILE, 64);
+                if (first) begin(v);
+                Numbers::template multiply<v, W>();
+                meanwhile();
             });
+        }
+    }
+
+    // A turn of rows of x with a panel. Meanwhile sums that are stored are settled, and those in tiles are stored.
+    template <int KIND>
+    __attribute__((noinline)) void multiply(int64_t panel, const uint8_t* x, float* totals, Scratch& scratch, Ahead& ahead,
+                                            Pending& pending) const {
+        const int64_t parts = each * VECTORS; // of a step, with so many rows that are settled
+        const int64_t rows = (AT_ONCE / AT_A_TIME + parts - 1) / parts * AT_A_TIME;
+        Due stored = pending.stored, held = pending.held;
+        for (int64_t s = 0; s < numbers.per; s++) {
+            int64_t row = stored.totals ? 0 : AT_ONCE;
+            held.sums = other_sums(scratch, stored);
+            const auto begin = [&](auto v) __attribute__((always_inline)) {
+                store_tile<v>(held.sums + v * SUMS, 64), clear_tile<v>();
+            };
+            products(s, x, scratch.tiles.data, begin, [&]() __attribute__((always_inline)) {
+                const int64_t end = std::min(row + rows, AT_ONCE);
+                for (; row < end; row += AT_A_TIME) settle<KIND>(stored, row);
+            });
+            for (int64_t i = 0; i < Ahead::ASKS / numbers.per; i++) ahead.ask();
+            const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
+            stored = held;
+            held = {scratch.scales_by_block.data + block, scratch.offsets_by_block.data + block,
+                    numbers.of_step(x, s), totals};
+        }
+        pending = {stored, held};
+    }
+
+    // The same where nothing is pending, with so many panels: sums go on in tiles, which hold those of the last turn.
+    __attribute__((noinline)) void add(const uint8_t* x, int64_t panels, float* totals, const Scratch& scratch,
+                                       Ahead& ahead, float*& held) const {
+        const auto go_on = [&](auto v) __attribute__((always_inline)) {
+            if (held != totals) store_tile<v>(held + v * SUMS, 64), load_tile<v>(totals + v * SUMS, 64);
+        };
+        for (int64_t i = 0; i < panels; i++) {
+            const auto begin = [&](auto v) __attribute__((always_inline)) {
+                if (i == 0) go_on(v);
+            };
+            products(0, x, scratch.tiles.data + i * Numbers::ROOM, begin, [] {});
             for (int64_t i = 0; i < Ahead::ASKS; i++) ahead.ask();
             x += numbers.stride;
         }
-        store_tile<0>(totals, 64), store_tile<1>(totals + NEXT, 64);
-        store_tile<2>(totals + 2 * NEXT, 64), store_tile<3>(totals + 3 * NEXT, 64);
+        held = totals;
     }
 
     // Every row of the weight that a panel has, as rows of tiles.

@@ -14,24 +14,24 @@ struct AmxCodes : Panels {
     const int64_t panels, step, per; // as there
     const int64_t stride; // bytes of a panel of a turn: tiles; of every step what it begins with, the sum of x and its scale
     const int64_t units;
+    static constexpr int KINDS = 6;
+    const int kind; // how sums meet scales: what offsets are, and whether a row of x has one scale
 
     explicit AmxCodes(const Product& j)
         : Panels(j), inputs(j), one_scale(j.x_group >= j.columns), panels(inputs.panels), step(inputs.step), per(inputs.per),
-          stride(CHUNKS * TILE + per * 3 * TURN * 4), units(panels * stride / 64) {}
+          stride(CHUNKS * TILE + per * 3 * TURN * 4), units(panels * stride / 64), kind(2 * j.zero + one_scale) {}
 
     // Digits of a weight of 4 bits lie in two halves, the low ones of a panel first.
     int64_t tile_bytes() const { return std::min<int64_t>(job.bits == 4 ? step / 2 : step, 64); }
-    int64_t products() const { return step / tile_bytes(); }
 
     static constexpr int64_t pairs() { return 1; }
     bool direct() const { return inputs.whole; }
     int64_t together() const { return direct() ? TOGETHER : 1; }
     static constexpr bool rounded = false;
-    bool affine() const { return job.zero; }
 
     template <class Each> void each_product(int64_t s, const Each& product) const {
         const int64_t size = tile_bytes();
-        for (int64_t i = 0; i < products(); i++) {
+        for (int64_t i = 0; i < step / size; i++) {
             const int64_t at = job.bits == 4 ? s * size + i * 64 : s * step + i * size;
             product(at / 64 * TILE + at % 64 * 16, at / 64 * TILE + at % 64);
         }
@@ -73,12 +73,12 @@ struct AmxCodes : Panels {
     static const float* of_step(const uint8_t* x, int64_t s) { return (const float*)(x + CHUNKS * TILE) + s * 3 * TURN; }
 
     // The total and a step's sums, of a row of the weight and all rows of x of a turn.
-    template <bool AFFINE>
-    F added(F total, const float* sums, float scale, float offset, const uint8_t* x, int64_t s) const {
-        const float* const own = of_step(x, s);
-        const F sum = __builtin_convertvector(read<I>(sums) + read<I>(own), F);
-        const F of_x = load(own + TURN), scale_of_x = load(own + 2 * TURN);
-        return add_sum<AFFINE>(total, sum, all(scale), all(offset), of_x, scale_of_x, job.zero, one_scale);
+    template <int KIND>
+    static F added(F total, const float* sums, const float* scale, const float* offset, const float* of_x) {
+        constexpr int ZERO = KIND / 2;
+        const F sum = __builtin_convertvector(read<I>(sums) + read<I>(of_x), F);
+        const F zeros = ZERO ? all(*offset) : F{};
+        return add_sum<ZERO != 0>(total, sum, all(*scale), zeros, load(of_x + TURN), load(of_x + 2 * TURN), ZERO, KIND % 2);
     }
 
     F last(F total, float scale, const uint8_t* x) const {

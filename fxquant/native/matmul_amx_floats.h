@@ -24,6 +24,8 @@ struct AmxFloats : Panels {
     const int64_t x_sums;       // bytes of a turn's tiles of a panel, behind which there are sums of steps
     const int64_t stride;       // bytes of a panel of a turn
     const int64_t units;        // of a turn
+    static constexpr int KINDS = 3;
+    const int kind;             // how sums meet scales: what offsets are
     int pieces = 1;             // of a value of the element
     Z tables[MOST][2];          // of up to 64 values, their pieces
     Z places, shifts;           // bytes that have a field, and where it begins in them
@@ -32,7 +34,7 @@ struct AmxFloats : Panels {
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(rounds(j)),
           step(rounded ? PANEL : fine), per(PANEL / step),
           x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * TILE),
-          stride(x_sums + per * TURN * 4), units(panels * stride / 64) {
+          stride(x_sums + per * TURN * 4), units(panels * stride / 64), kind(rounded ? 0 : j.zero) {
         if (j.bits < 8) make_tables();
         uint16_t shift[32];
         uint8_t place[64];
@@ -56,8 +58,6 @@ struct AmxFloats : Panels {
         return job.x_type == 1 && in_blocks && job.slots > MANY * job.experts;
     }
 
-    bool affine() const { return job.zero && !rounded; }
-
     // Whether sums of a row need nothing before they are whole.
     bool direct() const { return rounded || (blocks == 1 && !job.zero); }
 
@@ -65,9 +65,6 @@ struct AmxFloats : Panels {
     int64_t together() const { return direct() && x_pieces < MOST ? TOGETHER : 1; }
 
     int64_t tile_bytes() const { return std::min(step, CHUNK) * 2; }
-
-    // Products of a step with a tile of x and, four times, one of the weight.
-    int64_t products() const { return step / std::min(step, CHUNK) * pairs(); }
 
     // Of pieces of x and of values: those of which one is too small beside the other do not count.
     int64_t pairs() const {
@@ -129,7 +126,7 @@ struct AmxFloats : Panels {
             if (!taken) return false;
             float* const sums = (float*)(at + x_sums);
             memset(sums, 0, per * TURN * sizeof(float));
-            if (!affine()) continue;
+            if (!kind) continue;
             for (int64_t i = 0; i < count; i++)
                 for (int64_t c = 0; c < PANEL; c += CHUNK) {
                     F v[2];
@@ -187,14 +184,15 @@ struct AmxFloats : Panels {
         return rounded_pair(v[0], v[1]);
     }
 
+    const float* of_step(const uint8_t* x, int64_t s) const { return (const float*)(x + x_sums) + s * TURN; }
+
     // The total and a step's sums, of a row of the weight and all rows of x of a turn.
-    template <bool AFFINE>
-    F added(F total, const float* sums, float scale, float offset, const uint8_t* x, int64_t s) const {
+    template <int KIND>
+    static F added(F total, const float* sums, const float* scale, const float* offset, const float* of_x) {
         const F sum = load(sums);
-        if (!AFFINE) return multiply_add(sum, all(scale), total);
-        const F of_x = load((const float*)(x + x_sums) + s * TURN);
-        if (job.zero == 1) return multiply_add(negative_multiply_add(all(offset), of_x, sum), all(scale), total);
-        return multiply_add(sum, all(scale), multiply_add(all(offset), of_x, total));
+        if (KIND == 0) return multiply_add(sum, all(*scale), total);
+        if (KIND == 1) return multiply_add(negative_multiply_add(all(*offset), load(of_x), sum), all(*scale), total);
+        return multiply_add(sum, all(*scale), multiply_add(all(*offset), load(of_x), total));
     }
 
     static F last(F total, float scale, const uint8_t*) { return total * all(scale); }
