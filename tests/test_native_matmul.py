@@ -178,7 +178,7 @@ def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tu
     assert built is not None
     limit = 8 if scheme.spec.bits == 4 or (scheme.spec.bits == 8 and scheme.spec.kind == "int") else 4
     if scheme.spec.bits == 4 and dtype == torch.bfloat16:
-        limit = 6 if scheme.spec.kind == "int" else 4
+        limit = 4 if scheme.spec.kind != "int" else 2 if scheme.zero else 3 if scheme.block.columns % 64 else 4
     if not built.fxquant_has_matrix_units():
         return [calls]
     return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]

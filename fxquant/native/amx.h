@@ -38,17 +38,17 @@ template <int SUMS, int W, int X> inline void add_tile_products_of_bytes() {
     asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(X), "i"(W), "i"(SUMS));
 }
 
-// While it lives: tiles 0 to 3 are sums, of 16 rows of the weight and 16 rows of x each; 4 and 5 are of x, words of so
-// many bytes of 16 rows; 6 and 7 are the same bytes of 16 rows of the weight.
+// While it lives: tiles 0 to 3 are sums, of 16 rows of the weight and up to 16 rows of x, so many bytes of floats; 4 and 5
+// are of x, words of some bytes of these rows; 6 and 7 are the same bytes of 16 rows of the weight.
 struct TileShapes {
-    explicit TileShapes(int64_t bytes) {
+    TileShapes(int64_t bytes, int64_t of_sums) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {};
             uint8_t rows[16] = {};
         } shapes;
         for (int i = 0; i < 8; i++) {
-            shapes.bytes[i] = (uint16_t)(i < 6 ? 64 : bytes);
+            shapes.bytes[i] = (uint16_t)(i < 6 ? of_sums : bytes);
             shapes.rows[i] = (uint8_t)(i == 4 || i == 5 ? bytes / 4 : 16);
         }
         asm volatile("ldtilecfg %0" : : "m"(shapes));

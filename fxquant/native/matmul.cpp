@@ -8,19 +8,21 @@ void (*general)(const Product*) = nullptr;
 // The rows of x, or fewer, with which other kernels are faster than matrix units.
 int64_t fewest_for_amx(const Product& job) {
     if (job.x_codes) return Codes<1>::FEW;
-    if (job.bits == 4) return job.x_type != 1 ? 8 : job.kind ? 4 : 6;
+    if (job.bits == 4 && job.x_type == 1) return job.kind ? 4 : job.zero ? 2 : AmxFloats::step_of(job) < 64 ? 3 : 4;
+    if (job.bits == 4) return 8;
     return job.bits == 8 && !job.kind ? 8 : 4;
 }
 
 // Rows of x in turns, each of one expert.
-template <class Numbers> bool multiply_in_turns(const Product& job, const Numbers& numbers) {
-    constexpr int64_t TURN = Numbers::TURN;
-    const Amx<Numbers> kernel(numbers);
+template <class Numbers> bool multiply_in_turns(const Product& job) {
     const Slots slots(job);
+    const Numbers numbers(job, slots.most());
+    if (numbers.pairs() > 4) return false; // which takes longer than in float32
+    const Amx<Numbers> kernel(numbers);
     std::vector<int64_t> first(1), starts, counts; // of each expert, its first turn; of each turn, its first slot
     for (size_t i = 0; i < slots.experts.size(); i++) {
-        for (int64_t at = slots.starts[i], end = slots.starts[i + 1]; at < end; at += TURN)
-            starts.push_back(at), counts.push_back(std::min(end - at, TURN));
+        for (int64_t at = slots.starts[i], end = slots.starts[i + 1]; at < end; at += kernel.turn)
+            starts.push_back(at), counts.push_back(std::min(end - at, kernel.turn));
         first.push_back(starts.size());
     }
     const auto work = work_of(kernel, [&](int64_t turn, float* to) {
@@ -32,11 +34,9 @@ template <class Numbers> bool multiply_in_turns(const Product& job, const Number
 // Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by; where these
 // are so few that decoding the weight for them takes longer, as many as there is room for.
 template <class Numbers> bool multiply_in_parts(const Product& job) {
-    const Numbers whole(job);
-    if (whole.pairs() > 4) return false; // which takes longer than in float32
-    if (job.ids) return multiply_in_turns(job, whole);
-    constexpr int64_t CACHE = 1200000, TURN = Numbers::TURN, MOST = Amx<Numbers>::BATCH / TURN;
-    const int64_t turns = (job.slots + TURN - 1) / TURN, fit = CACHE / (whole.units * 64);
+    constexpr int64_t CACHE = 1200000, TURN = 16, MOST = Amx<Numbers>::BATCH / TURN;
+    if (job.ids || job.slots <= TURN) return multiply_in_turns<Numbers>(job);
+    const int64_t turns = (job.slots + TURN - 1) / TURN, fit = CACHE / (Numbers(job, job.slots).units * 64);
     const int64_t most = fit < 8 ? MOST : std::min(fit, MOST), times = (turns + most - 1) / most;
     for (int64_t i = 0; i < times; i++) {
         const int64_t from = i * turns / times * TURN, end = std::min((i + 1) * turns / times * TURN, job.slots);
@@ -45,7 +45,7 @@ template <class Numbers> bool multiply_in_parts(const Product& job) {
         part.x = (const char*)job.x + from * job.x_stride * (job.x_codes == 1 ? 1 : job.x_type ? 2 : 4);
         part.x_scales = job.x_codes == 1 ? job.x_scales + from * job.x_scales_stride : job.x_scales;
         part.y = (char*)job.y + from * job.y_stride * (job.dtype ? 2 : 4);
-        if (!multiply_in_turns(part, Numbers(part))) return false;
+        if (!multiply_in_turns<Numbers>(part)) return false;
     }
     return true;
 }

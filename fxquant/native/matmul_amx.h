@@ -1,6 +1,7 @@
 // Products on matrix units. 64 rows and 128 columns of the weight, a panel, are decoded at a time, and multiplied with 16
-// rows of x after another. Where scales end, or with the panel, sums meet their scales; that of one step is done while
-// the matrix units are at the next. Where sums only go on, and totals of many rows of x pass through the second-level
+// rows of x after another, a turn; with 4 or 8 where there are no more. Where scales end, or with the panel, sums meet
+// their scales, for which the units do not wait: sums of a step stay in tiles until the next step begins, and meet scales
+// while the one behind it is multiplied. Where sums only go on, and totals of many rows of x pass through the second-level
 // cache, several panels are decoded at a time. Rows of y do not depend on others, nor on the number of threads.
 //
 // `Numbers` says what is multiplied: how rows of x lie as tiles, how codes of the weight become tiles, which of them meet
@@ -11,30 +12,31 @@
 namespace {
 
 template <class Numbers> struct Amx {
-    static constexpr int64_t PANEL = Numbers::PANEL, TURN = Numbers::TURN, TILE = Numbers::TILE, CHUNKS = Numbers::CHUNKS;
+    static constexpr int64_t PANEL = Numbers::PANEL, TILE = Numbers::TILE, CHUNKS = Numbers::CHUNKS;
     static constexpr int64_t BATCH = 512; // rows of x for which a panel is decoded once
     static constexpr int VECTORS = Panels::VECTORS;
-    static constexpr int AT_A_TIME = 4; // rows of the weight whose sums are added together
-    static constexpr int64_t SUMS = TURN * LANES; // of a tile
+    static constexpr int AT_A_TIME = 4; // vectors of sums that are added together
     using Ahead = Panels::Ahead;
 
     const Numbers numbers;
     const Product& job;
     const int64_t room, panels, units; // as there
+    const int64_t turn, sums, apart;   // rows of x that meet a panel at a time; sums of a tile; bytes of a row of it
 
     // A tile of x and, of the first 16 rows, one of the weight: in bytes behind the turn's panel and the weight's.
-    struct Pair {
+    struct Factors {
         int64_t of_x, of_weight;
     };
-    std::vector<Pair> pairs; // that are multiplied: those of a step behind those of another
-    const int64_t each;      // of a step
+    const std::vector<Factors> factors; // those of a step behind those of another
+    const int64_t each;                 // of a step
 
     explicit Amx(Numbers given)
         : numbers(given), job(numbers.job), room(numbers.room), panels(numbers.panels), units(numbers.units),
-          pairs(pairs_of(given)), each(pairs.size() / numbers.per) {}
+          turn(numbers.turn), sums(turn * LANES), apart(turn * 4), factors(factors_of(given)),
+          each(factors.size() / numbers.per) {}
 
-    static std::vector<Pair> pairs_of(const Numbers& numbers) {
-        std::vector<Pair> found;
+    static std::vector<Factors> factors_of(const Numbers& numbers) {
+        std::vector<Factors> found;
         for (int64_t s = 0; s < numbers.per; s++)
             numbers.each_product(s, [&](int64_t of_x, int64_t of_weight) { found.push_back({of_x, of_weight}); });
         return found;
@@ -48,7 +50,7 @@ template <class Numbers> struct Amx {
         Buffer<float> ones;    // the scales of what has met its own
 
         explicit Scratch(int64_t room)
-            : Panels::Scratch(room, BATCH), tiles(Numbers::TOGETHER * Numbers::ROOM), sums(2 * TURN * AT_ONCE),
+            : Panels::Scratch(room, BATCH), tiles(Numbers::TOGETHER * Numbers::ROOM), sums(2 * LANES * AT_ONCE),
               ones(AT_ONCE) {
             std::fill_n(ones.data, AT_ONCE, 1.0f);
         }
@@ -76,12 +78,12 @@ template <class Numbers> struct Amx {
     }
 
     // Of the turn that has this row of x.
-    static const uint8_t* x_of(const Task& task, int64_t row) { return (const uint8_t*)(task.x + row / TURN * task.width); }
+    const uint8_t* x_of(const Task& task, int64_t row) const { return (const uint8_t*)(task.x + row / turn * task.width); }
 
     void batch(const Task& task, int64_t from, int64_t count, Scratch& scratch) const {
-        const int64_t turns = (count + TURN - 1) / TURN;
-        memset(scratch.totals.data, 0, turns * TURN * AT_ONCE * sizeof(float));
-        const TileShapes shapes(numbers.tile_bytes());
+        const int64_t turns = (count + turn - 1) / turn, all_sums = VECTORS * sums;
+        memset(scratch.totals.data, 0, turns * all_sums * sizeof(float));
+        const TileShapes shapes(numbers.tile_bytes(), apart);
         Ahead ahead(task, scratch, PANEL, turns);
         Pending pending;
         float* held = scratch.sums.data; // where sums go on that are in tiles; at first to where nobody looks
@@ -93,67 +95,80 @@ template <class Numbers> struct Amx {
                 numbers.with_decoder(panel + i, scratch, [&](const auto& decoder) {
                     decode(decoder, panel + i, scratch.tiles.data + i * Numbers::ROOM, scratch, ahead);
                 });
-            for (int64_t turn = 0; turn < turns; turn++) {
-                const uint8_t* const x = x_of(task, from + turn * TURN) + panel * numbers.stride;
-                float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
+            for (int64_t t = 0; t < turns; t++) {
+                const uint8_t* const x = x_of(task, from + t * turn) + panel * numbers.stride;
+                float* const totals = scratch.totals.data + t * all_sums;
                 if (numbers.direct()) add(x, here, totals, scratch, ahead, held);
-                else with_kind([&](auto kind) { multiply<kind>(panel, x, totals, scratch, ahead, pending); });
+                else with_kind([&](auto kind, auto turn) {
+                    multiply<kind, turn>(panel, x, totals, scratch, ahead, pending);
+                });
             }
         }
-        if (numbers.direct()) each_sum([&](auto v) { store_tile<v>(held + v * SUMS, 64); });
-        else with_kind([&](auto kind) { finish<kind>(scratch, pending); });
+        if (numbers.direct()) store_tiles(held);
+        else with_kind([&](auto kind, auto turn) { finish<kind, turn>(scratch, pending); });
         const float* const scales = numbers.direct() && !numbers.rounded ? scratch.scales_by_block.data : scratch.ones.data;
-        for (int64_t turn = 0; turn < turns; turn++) {
-            const float* const totals = scratch.totals.data + turn * TURN * AT_ONCE;
-            put(task, from + turn * TURN, std::min(count - turn * TURN, TURN), totals, scales);
-        }
+        for (int64_t t = 0; t < turns; t++)
+            put(task, from + t * turn, std::min(count - t * turn, turn), scratch.totals.data + t * all_sums, scales);
     }
 
-    // `function` with how sums meet scales.
+    // `function` with how sums meet scales, and with how many rows of x.
     template <class Function> void with_kind(const Function& function) const {
         with_constant<Numbers::KINDS>(numbers.kind + 1, [&](auto n) {
-            function(std::integral_constant<int, n - 1>{});
+            const std::integral_constant<int, n - 1> kind;
+            if constexpr (Numbers::NARROW) {
+                if (turn == 4) return function(kind, std::integral_constant<int, 4>{});
+                if (turn == 8) return function(kind, std::integral_constant<int, 8>{});
+            }
+            function(kind, std::integral_constant<int, 16>{});
         });
+    }
+
+    void store_tiles(float* to) const {
+        each_sum([&](auto v) { store_tile<v>(to + v * sums, apart); });
     }
 
     // Some rows of the result, of totals `[rows of the weight, rows of x]` and what each row of the weight is still to be
     // multiplied with.
     void put(const Task& task, int64_t first, int64_t count, const float* totals, const float* scales) const {
         const uint8_t* const x = x_of(task, first);
-        alignas(64) float found[TURN][AT_ONCE];
+        alignas(64) float found[16][AT_ONCE];
         for (int v = 0; v < VECTORS; v++) {
-            Z rows[16];
-            memcpy(rows, totals + v * LANES * TURN, sizeof rows);
-            for (int i = 0; i < 16; i++) rows[i] = (Z)numbers.last((F)rows[i], scales[v * LANES + i], x);
+            Z rows[16] = {};
+            for (int i = 0; i < 16; i++) {
+                memcpy(rows + i, totals + v * sums + i * turn, apart);
+                rows[i] = (Z)numbers.last((F)rows[i], scales[v * LANES + i], x);
+            }
             transpose(rows);
             for (int i = 0; i < 16; i++) store(&found[i][v * LANES], (F)rows[i]);
         }
         for (int64_t i = 0; i < count; i++) task.put(first + i, found[i]);
     }
 
-    // What is due of a few rows of the weight.
-    template <int KIND> __attribute__((always_inline)) void settle(const Due& due, int64_t row) const {
-        float* const totals = due.totals + row * TURN;
+    // What is due of a few vectors of sums, from this one on.
+    template <int KIND, int TURN> __attribute__((always_inline)) void settle(const Due& due, int64_t vector) const {
+        constexpr int ROWS = LANES / TURN; // of the weight, in a vector
+        float* const totals = due.totals + vector * LANES;
         F found[AT_A_TIME];
 #pragma GCC unroll 4
         for (int i = 0; i < AT_A_TIME; i++)
-            found[i] = Numbers::template added<KIND>(load(totals + i * TURN), due.sums + (row + i) * TURN,
-                                                     due.scales + row + i, due.offsets + row + i, due.x);
+            found[i] = Numbers::template added<KIND, TURN>(load(totals + i * LANES), due.sums + (vector + i) * LANES,
+                                                           due.scales + (vector + i) * ROWS,
+                                                           due.offsets + (vector + i) * ROWS, due.x);
 #pragma GCC unroll 4
-        for (int i = 0; i < AT_A_TIME; i++) store(totals + i * TURN, found[i]);
+        for (int i = 0; i < AT_A_TIME; i++) store(totals + i * LANES, found[i]);
     }
 
     // Where no sums are stored, but the last ones.
     float* other_sums(const Scratch& scratch, const Due& stored) const {
-        return scratch.sums.data + (stored.sums == scratch.sums.data ? VECTORS * SUMS : 0);
+        return scratch.sums.data + (stored.sums == scratch.sums.data ? VECTORS * sums : 0);
     }
 
     // All that is pending.
-    template <int KIND> __attribute__((noinline)) void finish(const Scratch& scratch, Pending& pending) const {
+    template <int KIND, int TURN> __attribute__((noinline)) void finish(const Scratch& scratch, Pending& pending) const {
         pending.held.sums = other_sums(scratch, pending.stored);
-        each_sum([&](auto v) { store_tile<v>(pending.held.sums + v * SUMS, 64); });
+        store_tiles(pending.held.sums);
         for (const Due& due : {pending.stored, pending.held})
-            for (int64_t row = 0; due.totals && row < AT_ONCE; row += AT_A_TIME) settle<KIND>(due, row);
+            for (int64_t i = 0; due.totals && i < VECTORS * TURN; i += AT_A_TIME) settle<KIND, TURN>(due, i);
     }
 
     // `function` with the number of each tile of sums.
@@ -167,10 +182,10 @@ template <class Numbers> struct Amx {
     template <class Begin, class Meanwhile>
     __attribute__((always_inline)) void products(int64_t s, const uint8_t* x, const uint8_t* weight, const Begin& begin,
                                                  const Meanwhile& meanwhile) const {
-        const Pair *pair = pairs.data() + s * each, *const end = pair + each;
-        for (bool first = true; pair < end; pair++, first = false) {
-            const uint8_t* const tiles = weight + pair->of_weight;
-            load_tile<4>(x + pair->of_x, 64);
+        const Factors *next = factors.data() + s * each, *const end = next + each;
+        for (bool first = true; next < end; next++, first = false) {
+            const uint8_t* const tiles = weight + next->of_weight;
+            load_tile<4>(x + next->of_x, apart);
             each_sum([&](auto v) __attribute__((always_inline)) {
                 constexpr int W = 6 + v % 2;
                 load_tile<W>(tiles + v * CHUNKS * TILE, 64);
@@ -182,21 +197,22 @@ template <class Numbers> struct Amx {
     }
 
     // A turn of rows of x with a panel. Meanwhile sums that are stored are settled, and those in tiles are stored.
-    template <int KIND>
+    template <int KIND, int TURN>
     __attribute__((noinline)) void multiply(int64_t panel, const uint8_t* x, float* totals, Scratch& scratch, Ahead& ahead,
                                             Pending& pending) const {
-        const int64_t parts = each * VECTORS; // of a step, with so many rows that are settled
-        const int64_t rows = (AT_ONCE / AT_A_TIME + parts - 1) / parts * AT_A_TIME;
+        constexpr int64_t ALL = VECTORS * TURN; // vectors of sums
+        const int64_t parts = each * VECTORS;   // of a step, with so many of them that are settled
+        const int64_t some = (ALL / AT_A_TIME + parts - 1) / parts * AT_A_TIME;
         Due stored = pending.stored, held = pending.held;
         for (int64_t s = 0; s < numbers.per; s++) {
-            int64_t row = stored.totals ? 0 : AT_ONCE;
+            int64_t vector = stored.totals ? 0 : ALL;
             held.sums = other_sums(scratch, stored);
             const auto begin = [&](auto v) __attribute__((always_inline)) {
-                store_tile<v>(held.sums + v * SUMS, 64), clear_tile<v>();
+                store_tile<v>(held.sums + v * TURN * LANES, TURN * 4), clear_tile<v>();
             };
             products(s, x, scratch.tiles.data, begin, [&]() __attribute__((always_inline)) {
-                const int64_t end = std::min(row + rows, AT_ONCE);
-                for (; row < end; row += AT_A_TIME) settle<KIND>(stored, row);
+                const int64_t end = std::min(vector + some, ALL);
+                for (; vector < end; vector += AT_A_TIME) settle<KIND, TURN>(stored, vector);
             });
             for (int64_t i = 0; i < Ahead::ASKS / numbers.per; i++) ahead.ask();
             const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
@@ -211,7 +227,7 @@ template <class Numbers> struct Amx {
     __attribute__((noinline)) void add(const uint8_t* x, int64_t panels, float* totals, const Scratch& scratch,
                                        Ahead& ahead, float*& held) const {
         const auto go_on = [&](auto v) __attribute__((always_inline)) {
-            if (held != totals) store_tile<v>(held + v * SUMS, 64), load_tile<v>(totals + v * SUMS, 64);
+            if (held != totals) store_tile<v>(held + v * sums, apart), load_tile<v>(totals + v * sums, apart);
         };
         for (int64_t i = 0; i < panels; i++) {
             const auto begin = [&](auto v) __attribute__((always_inline)) {
@@ -231,18 +247,22 @@ template <class Numbers> struct Amx {
         const Decoder decoder = given; // in registers
         const int64_t size = PANEL * job.bits / 8, first = panel * size, rest = numbers.bytes - first;
         const bool whole = rest >= size + numbers.behind(job.bits);
-        for (int64_t row = 0; row < AT_ONCE; row++) {
-            if (row % (AT_ONCE / Ahead::ASKS) == 0) ahead.ask();
-            const uint8_t* from = scratch.codes[row] + first;
-            // Of many rows that are a power of two apart, the first-level cache holds few.
-            __builtin_prefetch(scratch.codes[(row + LANES) % AT_ONCE] + first + (row + LANES < AT_ONCE ? 0 : size), 0, 3);
-            uint8_t copy[PANEL + 16];
-            if (!whole) {
-                memset(copy, 0, sizeof copy);
-                memcpy(copy, from, std::min(rest, size));
-                from = copy;
+        constexpr int64_t SOME = AT_ONCE / Ahead::ASKS;
+        for (int64_t group = 0; group < AT_ONCE; group += SOME) {
+            ahead.ask();
+            uint8_t* const tile_rows = to + group / LANES * CHUNKS * TILE + group % LANES * 64;
+            for (int64_t i = 0; i < SOME; i++) {
+                const uint8_t* from = scratch.codes[group + i] + first;
+                // A few rows ahead and no more: of rows that are a power of two apart, the first-level cache holds few.
+                __builtin_prefetch(scratch.codes[(group + i + SOME) % AT_ONCE] + first + (group + SOME < AT_ONCE ? 0 : size));
+                uint8_t copy[PANEL + 16];
+                if (!whole) {
+                    memset(copy, 0, sizeof copy);
+                    memcpy(copy, from, std::min(rest, size));
+                    from = copy;
+                }
+                decoder(from, tile_rows + i * 64, group + i);
             }
-            decoder(from, to + row / LANES * CHUNKS * TILE + row % LANES * 64, row);
         }
     }
 };

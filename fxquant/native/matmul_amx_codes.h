@@ -6,6 +6,8 @@ namespace {
 
 struct AmxCodes : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, TURN = 16; // columns; rows of x that meet a panel at a time
+    static constexpr int64_t turn = TURN;
+    static constexpr bool NARROW = false;
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / 64, ROOM = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t TOGETHER = 4; // panels that are decoded before rows of x meet them, or fewer
 
@@ -17,7 +19,7 @@ struct AmxCodes : Panels {
     static constexpr int KINDS = 6;
     const int kind; // how sums meet scales: what offsets are, and whether a row of x has one scale
 
-    explicit AmxCodes(const Product& j)
+    AmxCodes(const Product& j, int64_t)
         : Panels(j), inputs(j), one_scale(j.x_group >= j.columns), panels(inputs.panels), step(inputs.step), per(inputs.per),
           stride(CHUNKS * TILE + per * 3 * TURN * 4), units(panels * stride / 64), kind(2 * j.zero + one_scale) {}
 
@@ -73,7 +75,7 @@ struct AmxCodes : Panels {
     static const float* of_step(const uint8_t* x, int64_t s) { return (const float*)(x + CHUNKS * TILE) + s * 3 * TURN; }
 
     // The total and a step's sums, of a row of the weight and all rows of x of a turn.
-    template <int KIND>
+    template <int KIND, int>
     static F added(F total, const float* sums, const float* scale, const float* offset, const float* of_x) {
         constexpr int ZERO = KIND / 2;
         const F sum = __builtin_convertvector(read<I>(sums) + read<I>(of_x), F);

@@ -9,13 +9,14 @@ namespace {
 
 struct AmxFloats : Panels {
     static constexpr int64_t PANEL = 128, CHUNK = 32; // columns; of a tile
-    static constexpr int64_t TURN = 16;               // rows of x that are multiplied with a panel at a time
+    static constexpr bool NARROW = true;              // turns may have 4 or 8 rows of x
     static constexpr int MOST = 3;                    // pieces
     static constexpr int64_t MANY = 32;               // rows of x
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / CHUNK, PIECE = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t ROOM = MOST * PIECE;
     static constexpr int64_t TOGETHER = 2; // panels that are decoded before rows of x meet them, or fewer
 
+    const int64_t turn;         // rows of x that are multiplied with a panel at a time: 4, 8 or 16
     const int64_t panels;       // of a row
     const int64_t fine;         // columns under one scale
     const bool rounded;         // weights are, with their scales
@@ -30,11 +31,12 @@ struct AmxFloats : Panels {
     Z tables[MOST][2];          // of up to 64 values, their pieces
     Z places, shifts;           // bytes that have a field, and where it begins in them
 
-    explicit AmxFloats(const Product& j)
-        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)), rounded(rounds(j)),
-          step(rounded ? PANEL : fine), per(PANEL / step),
-          x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * TILE),
-          stride(x_sums + per * TURN * 4), units(panels * stride / 64), kind(rounded ? 0 : j.zero) {
+    // For so many rows of x, of one expert, at the most.
+    AmxFloats(const Product& j, int64_t rows)
+        : Panels(j), turn(rows <= 4 ? 4 : rows <= 8 ? 8 : 16), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)),
+          rounded(rounds(j)), step(rounded ? PANEL : fine), per(PANEL / step),
+          x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * turn * 64),
+          stride((x_sums + per * turn * 4 + 63) / 64 * 64), units(panels * stride / 64), kind(rounded ? 0 : j.zero) {
         if (j.bits < 8) make_tables();
         uint16_t shift[32];
         uint8_t place[64];
@@ -78,7 +80,7 @@ struct AmxFloats : Panels {
         for (int64_t c = s * step; c < (s + 1) * step; c += CHUNK)
             for (int p = 0; p < x_pieces; p++)
                 for (int q = 0; q < pieces && p + q < MOST; q++)
-                    product((p * CHUNKS + c / CHUNK) * TILE + c % CHUNK * 32, q * PIECE + c / CHUNK * TILE + c % CHUNK * 2);
+                    product(((p * CHUNKS + c / CHUNK) * 64 + c % CHUNK * 2) * turn, q * PIECE + c / CHUNK * TILE + c % CHUNK * 2);
     }
 
     template <int SUMS, int W> static void multiply() { add_tile_products<SUMS, W, 4>(); }
@@ -125,13 +127,13 @@ struct AmxFloats : Panels {
             with_constant<MOST>(x_pieces, [&](auto pieces) { taken = spread<pieces>(slots, count, panel, order, at); });
             if (!taken) return false;
             float* const sums = (float*)(at + x_sums);
-            memset(sums, 0, per * TURN * sizeof(float));
+            memset(sums, 0, per * turn * sizeof(float));
             if (!kind) continue;
             for (int64_t i = 0; i < count; i++)
                 for (int64_t c = 0; c < PANEL; c += CHUNK) {
                     F v[2];
                     some_of_x(slots[i] / job.picks, panel * PANEL + c, v);
-                    for (int half = 0; half < 2; half++) sums[(c + half * LANES) / step * TURN + i] += sum(v[half]);
+                    for (int half = 0; half < 2; half++) sums[(c + half * LANES) / step * turn + i] += sum(v[half]);
                 }
         }
         return true;
@@ -139,12 +141,12 @@ struct AmxFloats : Panels {
 
     // A panel of them, each float in P pieces.
     template <int P> bool spread(const int64_t* slots, int64_t count, int64_t panel, Z order, uint8_t* to) const {
-        Z top[TURN] = {};
+        Z top[16] = {};
         for (int64_t c = 0; c < PANEL; c += CHUNK) {
-            Z words[P][TURN];
-            for (int64_t i = 0; i < TURN; i++) {
+            Z words[P][16] = {};
+            for (int64_t i = 0; i < count; i++) {
                 F v[2] = {};
-                Z piece = i < count ? some_of_x(slots[i] / job.picks, panel * PANEL + c, v) : Z{};
+                Z piece = some_of_x(slots[i] / job.picks, panel * PANEL + c, v);
                 // Of numbers as bits, none is larger than one that is no number.
                 top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(piece, _mm512_set1_epi16(0x7fff)));
                 for (int p = 0;; p++) {
@@ -156,7 +158,8 @@ struct AmxFloats : Panels {
             }
             for (int p = 0; p < P; p++) {
                 transpose(words[p]);
-                memcpy(to + (p * CHUNKS + c / CHUNK) * TILE, words[p], TILE);
+                uint8_t* const tile = to + (p * CHUNKS + c / CHUNK) * 64 * turn;
+                for (int i = 0; i < 16; i++) memcpy(tile + i * turn * 4, words[p] + i, turn * 4);
             }
         }
         for (int64_t i = 0; i < count; i++) {
@@ -184,15 +187,32 @@ struct AmxFloats : Panels {
         return rounded_pair(v[0], v[1]);
     }
 
-    const float* of_step(const uint8_t* x, int64_t s) const { return (const float*)(x + x_sums) + s * TURN; }
+    const float* of_step(const uint8_t* x, int64_t s) const { return (const float*)(x + x_sums) + s * turn; }
 
     // The total and a step's sums, of a row of the weight and all rows of x of a turn.
-    template <int KIND>
-    static F added(F total, const float* sums, const float* scale, const float* offset, const float* of_x) {
-        const F sum = load(sums);
-        if (KIND == 0) return multiply_add(sum, all(*scale), total);
-        if (KIND == 1) return multiply_add(negative_multiply_add(all(*offset), load(of_x), sum), all(*scale), total);
-        return multiply_add(sum, all(*scale), multiply_add(all(*offset), load(of_x), total));
+    template <int KIND, int TURN>
+    static F added(F total, const float* sums, const float* scales, const float* offsets, const float* of_x) {
+        const F sum = load(sums), scale = by_row<TURN>(scales);
+        if (KIND == 0) return multiply_add(sum, scale, total);
+        const F offset = by_row<TURN>(offsets), all_of_x = again<TURN>(of_x);
+        if (KIND == 1) return multiply_add(negative_multiply_add(offset, all_of_x, sum), scale, total);
+        return multiply_add(sum, scale, multiply_add(offset, all_of_x, total));
+    }
+
+    // So many numbers, again and again.
+    template <int N> static F again(const float* from) {
+        if (N == 4) return (F)_mm512_broadcast_f32x4(_mm_loadu_ps(from));
+        if (N == 8) return (F)_mm512_broadcast_f32x8(_mm256_loadu_ps(from));
+        return load(from);
+    }
+
+    // Each of a vector's rows of the weight has one of these numbers, as often as there are rows of x in it.
+    template <int TURN> static F by_row(const float* from) {
+        if (TURN == 16) return all(*from);
+        if (TURN == 8) return (F)_mm512_permutexvar_ps(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
+                                                       _mm512_castpd_ps(_mm512_set1_pd(read<double>(from))));
+        return (F)_mm512_permutevar_ps((__m512)again<4>(from),
+                                       _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0));
     }
 
     static F last(F total, float scale, const uint8_t*) { return total * all(scale); }

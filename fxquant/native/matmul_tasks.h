@@ -25,6 +25,13 @@ struct Slots {
         }
         for (int64_t s = 0; s < job.slots; s++) if (known(s)) order[next[expert(s)]++] = s;
     }
+
+    // Of one expert, at the most.
+    int64_t most() const {
+        int64_t found = 0;
+        for (size_t i = 0; i < experts.size(); i++) found = std::max(found, starts[i + 1] - starts[i]);
+        return found;
+    }
 };
 
 // Rows that a thread takes at a time: long streams; but all of them several times for each thread, since one may be kept
