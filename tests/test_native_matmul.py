@@ -168,7 +168,7 @@ def test_leading_dimensions_and_strided_planes() -> None:
     assert torch.equal(y, product(x, planes, scheme, 12, None)[..., ::2])
 
 
-FEW, MORE = (1, 2, 3), (4, 5, 7, 15, 16, 40, 200)
+FEW, MORE = (1, 2), (3, 4, 5, 7, 15, 16, 40, 200)
 """Rows of x, with as many of which a row of the result is the same, whichever kernel, but for matrix units."""
 
 
@@ -176,9 +176,9 @@ def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tu
     """Those of `calls` that matrix units do not take, and those that they do."""
     built = matmul.library()
     assert built is not None
-    limit = 8 if scheme.spec.bits == 4 or (scheme.spec.bits == 8 and scheme.spec.kind == "int") else 4
+    limit = {4: 8, 8: 12 if scheme.spec.kind == "int" else 4}.get(scheme.spec.bits, 4)
     if scheme.spec.bits == 4 and dtype == torch.bfloat16:
-        limit = 4 if scheme.spec.kind != "int" else 2 if scheme.zero else 3 if scheme.block.columns % 64 else 4
+        limit = 4 if scheme.spec.kind != "int" else 5 if scheme.zero else 6
     if not built.fxquant_has_matrix_units():
         return [calls]
     return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]

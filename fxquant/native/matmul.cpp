@@ -8,9 +8,8 @@ void (*general)(const Product*) = nullptr;
 // The rows of x, or fewer, with which other kernels are faster than matrix units.
 int64_t fewest_for_amx(const Product& job) {
     if (job.x_codes) return Codes<1>::FEW;
-    if (job.bits == 4 && job.x_type == 1) return job.kind ? 4 : job.zero ? 2 : AmxFloats::step_of(job) < 64 ? 3 : 4;
-    if (job.bits == 4) return 8;
-    return job.bits == 8 && !job.kind ? 8 : 4;
+    if (job.bits == 4) return job.x_type != 1 ? 8 : job.kind ? 4 : job.zero ? 5 : 6;
+    return job.bits == 8 && !job.kind ? 12 : 4;
 }
 
 // Rows of x in turns, each of one expert.
@@ -58,7 +57,7 @@ template <class Numbers> bool multiply_in_parts(const Product& job) {
 int64_t fewest_for_digits(const Product& job) {
     const int64_t step = Inputs<3>::step_of(job);
     if (job.kind || job.x_type == 0 || step < 32) return INT64_MAX / job.experts;
-    if (job.bits == 4 || job.bits == 8) return job.bits == 4 ? 3 : 4;
+    if (job.bits == 4 || job.bits == 8) return job.bits == 4 ? 2 : 4;
     return step < 64 ? INT64_MAX / job.experts : Tiles::fewest(job);
 }
 #endif

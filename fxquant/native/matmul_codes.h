@@ -66,7 +66,10 @@ template <int DIGITS> struct Codes : Panels {
     using Step = typename Inputs<DIGITS>::Step;
     static constexpr int64_t PANEL = Inputs<DIGITS>::PANEL;
     static constexpr int FEW = 8;                // the most rows of x with which codes are decoded in registers
-    static constexpr int TURN = TOKENS / DIGITS; // rows of x that are multiplied with a panel at a time
+    // The lowest of several digits is 0 in most columns of bfloat16, whose 8 bits are in the others unless another float is
+    // more than 128 times as large. It is multiplied apart, and only where a word of four columns has any.
+    static constexpr int FIRST = DIGITS > 1 ? 1 : 0, MANY = DIGITS - FIRST; // digits that are multiplied in every column
+    static constexpr int TURN = TOKENS / MANY; // rows of x that are multiplied with a panel at a time
 
     const Inputs<DIGITS> inputs;
     const int64_t units;
@@ -102,20 +105,20 @@ template <int DIGITS> struct Codes : Panels {
 
     Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
 
-    // What sums of digits stand for, `apart` from each other.
-    static F value(const Z* sums, int apart) {
+    // What sums of digits stand for.
+    static F value(const Z* sums) {
         if constexpr (DIGITS == 1) return (F)_mm512_cvtepi32_ps(*sums);
         else {
             static_assert(DIGITS == 3);
-            const Z low = _mm512_add_epi32(sums[0], _mm512_slli_epi32(sums[apart], 8));
-            return multiply_add((F)_mm512_cvtepi32_ps(sums[2 * apart]), all(65536), (F)_mm512_cvtepi32_ps(low));
+            const Z low = _mm512_add_epi32(sums[0], _mm512_slli_epi32(sums[1], 8));
+            return multiply_add((F)_mm512_cvtepi32_ps(sums[2]), all(65536), (F)_mm512_cvtepi32_ps(low));
         }
     }
 
     // What there is and a step's sums. Whole numbers go on as they are, and meet scales when a row ends.
-    template <bool AFFINE> F added(F total, const Z* sums, int apart, F scale, F offset, F of_x, F own) const {
+    template <bool AFFINE> F added(F total, const Z* sums, F scale, F offset, F of_x, F own) const {
         if (!AFFINE && inputs.whole) return (F)_mm512_add_epi32((Z)total, *sums);
-        return add_sum<AFFINE>(total, value(sums, apart), scale, offset, of_x, own, job.zero, DIGITS == 1 && one_scale);
+        return add_sum<AFFINE>(total, value(sums), scale, offset, of_x, own, job.zero, DIGITS == 1 && one_scale);
     }
 
     // A total with the scales that it has not met. That of the weight comes first, since floats of any size are in x.
@@ -218,7 +221,7 @@ template <int DIGITS> struct Codes : Panels {
                             if (affine) of_x = by_token<N>([&](int m) { return step(FROM + m).total; });
                             if (!one_scale) own = by_token<N>([&](int m) { return step(FROM + m).scale; });
                             F& total = totals[FROM / 4][i];
-                            total = added<affine>(total, &sum, 1, scale, offset, of_x, own);
+                            total = added<affine>(total, &sum, scale, offset, of_x, own);
                         };
                         add(std::integral_constant<int, 0>{});
                         if constexpr (M > 4) add(std::integral_constant<int, 4>{});
@@ -257,7 +260,7 @@ template <int DIGITS> struct Codes : Panels {
     template <int T, bool NIBBLES>
     __attribute__((noinline)) void multiply(int64_t panel, const float* const* xs, int64_t token, Scratch& scratch,
                                             Ahead& ahead) const {
-        constexpr int PLANES = T * DIGITS;
+        constexpr int PLANES = T * MANY;
         const Z* weights = (const Z*)scratch.panel.data;
         for (int64_t s = 0; s < inputs.per; s++) {
             const int32_t* x[T];
@@ -266,7 +269,7 @@ template <int DIGITS> struct Codes : Panels {
             for (int t = 0; t < T; t++) x[t] = (const int32_t*)inputs.digits(xs[t], panel) + s * inputs.step / (NIBBLES ? 8 : 4);
 #pragma GCC unroll 8
             for (int p = 0; p < PLANES; p++) {
-                const Z start = _mm512_set1_epi32(inputs.steps(xs[p / DIGITS], panel)[s].starts[p % DIGITS][0]);
+                const Z start = _mm512_set1_epi32(inputs.steps(xs[p / MANY], panel)[s].starts[FIRST + p % MANY][0]);
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) sums[p][v] = start;
             }
@@ -280,7 +283,7 @@ template <int DIGITS> struct Codes : Panels {
                     for (int v = 0; v < VECTORS; v++) w[v] = weights[half * VECTORS + v];
 #pragma GCC unroll 8
                     for (int p = 0; p < PLANES; p++) {
-                        const int32_t* const digit = x[p / DIGITS] + p % DIGITS * (PANEL / 4);
+                        const int32_t* const digit = x[p / MANY] + (FIRST + p % MANY) * (PANEL / 4);
                         const Z own = _mm512_set1_epi32(digit[NIBBLES ? i + half * (PANEL / 8) : 2 * i + half]);
 #pragma GCC unroll 4
                         for (int v = 0; v < VECTORS; v++) add_products(sums[p][v], w[v], own);
@@ -295,16 +298,37 @@ template <int DIGITS> struct Codes : Panels {
                 for (int t = 0; t < T; t++) {
                     const Step& mine = inputs.steps(xs[t], panel)[s];
                     const F of_x = all(mine.total), own = all(mine.scale);
+                    Z lowest[VECTORS];
+                    if (FIRST) add_lowest<NIBBLES>(panel, xs[t], mine, scratch, lowest);
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++) {
+                        Z digits[DIGITS] = {lowest[v]};
+#pragma GCC unroll 2
+                        for (int d = 0; d < MANY; d++) digits[FIRST + d] = sums[t * MANY + d][v];
                         float* const to = scratch.totals.data + (token + t) * AT_ONCE + v * LANES;
                         const F scale = load(scales + v * LANES), offset = affine ? load(offsets + v * LANES) : F{};
-                        store(to, added<affine>(load(to), &sums[t * DIGITS][v], VECTORS, scale, offset, of_x, own));
+                        store(to, added<affine>(load(to), digits, scale, offset, of_x, own));
                     }
                 }
             };
             if (job.zero) finish(std::true_type{});
             else finish(std::false_type{});
+        }
+    }
+
+    // Sums of the lowest digits of a step.
+    template <bool NIBBLES>
+    __attribute__((always_inline)) void add_lowest(int64_t panel, const float* x, const Step& step, const Scratch& scratch,
+                                                   Z (&sums)[VECTORS]) const {
+        const int32_t* const digits = (const int32_t*)inputs.digits(x, panel);
+        const Z* const weights = (const Z*)scratch.panel.data;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[v] = _mm512_set1_epi32(step.starts[0][0]);
+        for (uint32_t words = step.lowest; words; words &= words - 1) {
+            const int word = __builtin_ctz(words), place = NIBBLES ? word % 16 * 2 + word / 16 : word;
+            const Z own = _mm512_set1_epi32(digits[word]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) add_products(sums[v], weights[place * VECTORS + v], own);
         }
     }
 

@@ -22,10 +22,11 @@ template <int DIGITS> struct Inputs {
     static constexpr int64_t PANEL = 128; // columns
 
     // Of columns that have one scale: the sum of each digit times `low`, and three zeros; the sum of the numbers that the
-    // digits make up; their scale.
+    // digits make up; their scale; and which words of four columns of the panel are of these and have lowest digits.
     struct alignas(16) Step {
         int32_t starts[DIGITS][4];
         float total, scale;
+        uint32_t lowest;
     };
 
     const Product& job;
@@ -155,6 +156,7 @@ template <int DIGITS> struct Inputs {
     void add_up(int8_t* digits, Step* steps) const {
         const bool halves = job.bits == 4;
         Z of_low[DIGITS], of_high[DIGITS]; // sums of 8 columns each, or of 4
+        uint32_t words = 0;                // that have lowest digits
         for (int d = 0; d < DIGITS; d++, digits += PANEL) {
             Z a = _mm512_loadu_si512(digits), b = _mm512_loadu_si512(digits + 64);
             if (halves) {
@@ -166,6 +168,7 @@ template <int DIGITS> struct Inputs {
                 b = joined(odd(a), odd(b)), a = even;
                 _mm512_storeu_si512(digits, a), _mm512_storeu_si512(digits + 64, b);
             }
+            if (d == 0) words = _mm512_test_epi32_mask(a, a) | (uint32_t)_mm512_test_epi32_mask(b, b) << 16;
             const Z one = _mm512_set1_epi8(1);
             of_low[d] = _mm512_dpbusd_epi32(Z{}, one, a);
             if (halves) of_low[d] = _mm512_dpbusd_epi32(of_low[d], one, b), of_high[d] = Z{};
@@ -182,6 +185,7 @@ template <int DIGITS> struct Inputs {
                 total += (int64_t)sum << 8 * d;
             }
             steps[s].total = (float)total;
+            steps[s].lowest = words & (halves ? mask | mask << 16 : mask);
         }
     }
 };
