@@ -1,5 +1,5 @@
 // Products on matrix units. 64 rows and 128 columns of the weight, a panel, are decoded at a time, and multiplied with 16
-// rows of x after another, a turn; with 4 or 8 where there are no more. Where scales end, or with the panel, sums meet
+// rows of x after another, a turn; with 8 where there are no more. Where scales end, or with the panel, sums meet
 // their scales, for which the units do not wait: sums of a step stay in tiles until the next step begins, and meet scales
 // while the one behind it is multiplied. Where sums only go on, and totals of many rows of x pass through the second-level
 // cache, several panels are decoded at a time. Rows of y do not depend on others, nor on the number of threads.
@@ -115,10 +115,8 @@ template <class Numbers> struct Amx {
     template <class Function> void with_kind(const Function& function) const {
         with_constant<Numbers::KINDS>(numbers.kind + 1, [&](auto n) {
             const std::integral_constant<int, n - 1> kind;
-            if constexpr (Numbers::NARROW) {
-                if (turn == 4) return function(kind, std::integral_constant<int, 4>{});
+            if constexpr (Numbers::NARROW)
                 if (turn == 8) return function(kind, std::integral_constant<int, 8>{});
-            }
             function(kind, std::integral_constant<int, 16>{});
         });
     }

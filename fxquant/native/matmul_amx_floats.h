@@ -9,14 +9,14 @@ namespace {
 
 struct AmxFloats : Panels {
     static constexpr int64_t PANEL = 128, CHUNK = 32; // columns; of a tile
-    static constexpr bool NARROW = true;              // turns may have 4 or 8 rows of x
+    static constexpr bool NARROW = true;              // turns may have 8 rows of x
     static constexpr int MOST = 3;                    // pieces
     static constexpr int64_t MANY = 32;               // rows of x
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / CHUNK, PIECE = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t ROOM = MOST * PIECE;
     static constexpr int64_t TOGETHER = 2; // panels that are decoded before rows of x meet them, or fewer
 
-    const int64_t turn;         // rows of x that are multiplied with a panel at a time: 4, 8 or 16
+    const int64_t turn;         // rows of x that are multiplied with a panel at a time: 8 or 16
     const int64_t panels;       // of a row
     const int64_t fine;         // columns under one scale
     const bool rounded;         // weights are, with their scales
@@ -33,7 +33,7 @@ struct AmxFloats : Panels {
 
     // For so many rows of x, of one expert, at the most.
     AmxFloats(const Product& j, int64_t rows)
-        : Panels(j), turn(rows <= 4 ? 4 : rows <= 8 ? 8 : 16), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)),
+        : Panels(j), turn(rows <= 8 ? 8 : 16), panels((j.columns + PANEL - 1) / PANEL), fine(step_of(j)),
           rounded(rounds(j)), step(rounded ? PANEL : fine), per(PANEL / step),
           x_pieces(j.x_type == 1 ? 1 : j.x_type == 2 ? 2 : 3), x_sums(x_pieces * CHUNKS * turn * 64),
           stride((x_sums + per * turn * 4 + 63) / 64 * 64), units(panels * stride / 64), kind(rounded ? 0 : j.zero) {
@@ -194,25 +194,16 @@ struct AmxFloats : Panels {
     static F added(F total, const float* sums, const float* scales, const float* offsets, const float* of_x) {
         const F sum = load(sums), scale = by_row<TURN>(scales);
         if (KIND == 0) return multiply_add(sum, scale, total);
-        const F offset = by_row<TURN>(offsets), all_of_x = again<TURN>(of_x);
+        const F offset = by_row<TURN>(offsets);
+        const F all_of_x = TURN == 16 ? load(of_x) : (F)_mm512_broadcast_f32x8(_mm256_loadu_ps(of_x));
         if (KIND == 1) return multiply_add(negative_multiply_add(offset, all_of_x, sum), scale, total);
         return multiply_add(sum, scale, multiply_add(offset, all_of_x, total));
     }
 
-    // So many numbers, again and again.
-    template <int N> static F again(const float* from) {
-        if (N == 4) return (F)_mm512_broadcast_f32x4(_mm_loadu_ps(from));
-        if (N == 8) return (F)_mm512_broadcast_f32x8(_mm256_loadu_ps(from));
-        return load(from);
-    }
-
-    // Each of a vector's rows of the weight has one of these numbers, as often as there are rows of x in it.
+    // A vector's one or two rows of the weight have one of these numbers each, as often as there are rows of x.
     template <int TURN> static F by_row(const float* from) {
         if (TURN == 16) return all(*from);
-        if (TURN == 8) return (F)_mm512_permutexvar_ps(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
-                                                       _mm512_castpd_ps(_mm512_set1_pd(read<double>(from))));
-        return (F)_mm512_permutevar_ps((__m512)again<4>(from),
-                                       _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0));
+        return (F)_mm512_mask_broadcastss_ps(_mm512_set1_ps(from[0]), 0xff00, _mm_load_ss(from + 1));
     }
 
     static F last(F total, float scale, const uint8_t*) { return total * all(scale); }
