@@ -118,6 +118,7 @@ extern "C" void fxquant_multiply(const Product* job) {
 #ifdef FXQUANT_CODES
     if (job->x_codes) return (void)multiply<Codes<1>>(*job);
     if (more_than(fewest_for_digits(*job)) && multiply<Codes<3>>(*job)) return;
+    if (!more_than(DigitStrips::ROWS_OF_X) && DigitStrips::takes(*job) && multiply<DigitStrips>(*job)) return;
 #endif
 #ifdef FXQUANT_AVX512
     if (more_than(Tiles::fewest(*job))) return (void)multiply<Tiles>(*job);

@@ -23,8 +23,9 @@ _SHARED = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h
 _GENERAL = (*_SHARED, "matmul_kernels.h", "matmul_general.cpp")
 _SOURCES = (
     *_SHARED,
-    *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h", "matmul_tiles.h"),
-    *("amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h", "matmul.cpp", "gated.cpp"),
+    *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h", "matmul_strips_digits.h"),
+    *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h"),
+    *("matmul.cpp", "gated.cpp"),
 )
 _FEW_IDS = 16
 """So many rows are never too many."""
@@ -35,10 +36,10 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
 
     W is not rounded to the dtype of x, but for the case below: it is in float32, up to rounding what
     `fxquant.codecs.dequantize` gives. Sums are in float32, rounded once. Where x is quantized, or is bfloat16 or
-    float16 and has at least 4 rows, products with integers are added up as integers, exactly, over up to 128 columns
-    under one scale, on processors with AVX512-VNNI; with floats, if 32 columns or more have one scale. These are whole
-    numbers of 24 bits there, off by about 2**-23 of the largest of those columns: in bfloat16 none is that is not 2**14
-    times smaller than it, in float16 2**11 times.
+    float16, products with integers are added up as integers, exactly, over up to 128 columns under one scale, on
+    processors with AVX512-VNNI; those of floats with more than 2 rows only if 32 columns or more have one scale, and
+    with integers of 8 bits from 5 rows on. Floats are whole numbers of 24 bits there, off by about 2**-23 of the
+    largest of those columns: in bfloat16 none is that is not 2**14 times smaller than it, in float16 2**11 times.
 
     On processors with matrix units (AMX) more than 8 rows are multiplied there; more than 6 of bfloat16 with integers
     of 4 bits, and more than 4 with other values of 4 bits, or with any of 2, 3, 5 or 6 bits or float8: in pieces that
@@ -47,7 +48,7 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     more than 32 rows of bfloat16, weights of up to 4 bits in blocks are rounded to bfloat16 with their scales.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
-    where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 3 for
+    where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 2 for
     those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 32
     rows and from 33 on. Without these units, and with many rows of a dtype that the processor has no instructions for,
     W is decoded as a whole, and the product is torch's, in float32.

@@ -44,8 +44,8 @@ struct Strips {
         return job.bits == 4 && (whole || (WIDTH % job.block == 0 && job.zero == 0));
     }
 
-    explicit Strips(const Product& j)
-        : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * UNITS),
+    explicit Strips(const Product& j, int64_t units_of_strip = UNITS)
+        : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * units_of_strip),
           bytes((j.columns + 1) / 2), blocks((j.columns + j.block - 1) / j.block), whole((bytes - 3) / BYTES),
           scaled(j.block < std::min(j.columns, WIDTH) ? Scaled::PARTS
                  : j.block < j.columns || j.zero      ? Scaled::STRIPS
@@ -64,23 +64,37 @@ struct Strips {
     // A row of x in float32: the first column of every lane, then the second, and so on; zeros behind the last one.
     bool spread(int64_t row, float* to) const {
         for (int64_t s = 0; s < strips; s++, to += WIDTH) {
-            float natural[WIDTH] = {};
-            for (int64_t i = 0; i < WIDTH && s * WIDTH + i < job.columns; i += LANES) {
-                const int64_t at = s * WIDTH + i, count = job.columns - at < LANES ? job.columns - at : LANES;
-                store(natural + i, floats(job.x, job.x_type, row * job.x_stride + at, count));
-            }
-            const __m512i columns = _mm512_slli_epi32((__m512i)lane_numbers(), 3);
-            for (int j = 0; j < UNITS; j++) store(to + j * LANES, (F)_mm512_i32gather_ps(columns, natural + j, 4));
+            F x[UNITS];
+            floats_of(row, s, x);
+            for (int j = 0; j < UNITS; j++) store(to + j * LANES, x[j]);
         }
         return true;
     }
 
+    // Those of a strip.
+    void floats_of(int64_t row, int64_t s, F (&to)[UNITS]) const {
+        float natural[WIDTH] = {};
+        for (int64_t i = 0; i < WIDTH && s * WIDTH + i < job.columns; i += LANES) {
+            const int64_t at = s * WIDTH + i, count = job.columns - at < LANES ? job.columns - at : LANES;
+            store(natural + i, floats(job.x, job.x_type, row * job.x_stride + at, count));
+        }
+        const __m512i columns = _mm512_slli_epi32((__m512i)lane_numbers(), 3);
+        for (int j = 0; j < UNITS; j++) to[j] = (F)_mm512_i32gather_ps(columns, natural + j, 4);
+    }
+
+    void load_numbers(const Task& task, Scratch& scratch) const {
+        const auto load = [&](const Level& level, float* to) {
+            task.numbers(level, blocks, room, to, scratch.bytes.data);
+            // Columns that are not there have numbers as well, which must not be NaN.
+            for (int64_t i = 0; room > blocks && i < AT_ONCE; i++)
+                memset(to + i * room + blocks, 0, (room - blocks) * sizeof(float));
+        };
+        load(job.scales, scratch.scales.data);
+        if (job.zero) load(job.offsets, scratch.offsets.data);
+    }
+
     void run(const Task& task, Scratch& scratch) const {
-        task.numbers(job.scales, blocks, room, scratch.scales.data, scratch.bytes.data);
-        if (job.zero) task.numbers(job.offsets, blocks, room, scratch.offsets.data, scratch.bytes.data);
-        // Columns that are not there have scales as well, which must not be NaN.
-        for (int64_t i = 0; room > blocks && i < AT_ONCE; i++)
-            memset(scratch.scales.data + i * room + blocks, 0, (room - blocks) * sizeof(float));
+        load_numbers(task, scratch);
         const int64_t turns = (task.count + FEW - 1) / FEW;
         for (int64_t turn = 0; turn < turns; turn++) {
             const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
