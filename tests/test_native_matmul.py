@@ -24,6 +24,7 @@ from fxquant.scheme import Scheme
 COVERED = {
     "int4-g256": 256, "nf4-g384-fp16": 384,
     "int4-g128": 128, "int4-g16": 16, "int4-g48-fp16": 48, "int4-row": 1, "int4-tensor": 1, "int4-b8x32": 16,
+    "int4-row-asym": 1, "uint4-row-fzero": 1, "uint4-tensor-bias": 1, "uint3-row-bias": 1, "int8-row-asym": 1,
     "int4-g64-asym": 64, "uint4-g32": 32, "uint4-g64-fzero-fp16": 64, "uint4-g32-bias": 32, "int4-g32-e8m0": 32,
     "int4-flat64": 64, "uint4-flat64": 128, "int4-g64-perm": 64, "int4-g64-colscale": 64, "int3-g32": 32,
     "uint3-row": 1,
@@ -103,6 +104,17 @@ def test_product_is_that_of_the_decoded_weight(spelling: str, data: st.DataObjec
     y = product(x, planes, scheme, n, bias)
     assert y.shape == (rows, n)
     check(y, x, decoded(planes, scheme, n, k), bias)
+
+
+@pytest.mark.parametrize("k", [100, 129, 300, 1000])
+@pytest.mark.parametrize("spelling", ["int4-row-asym", "uint4-row-fzero", "uint4-tensor-bias", "int8-row-asym"])
+def test_rows_with_one_zero_whatever_their_width(spelling: str, k: int) -> None:
+    scheme = Scheme.parse(spelling)
+    planes = random_planes(scheme, 40, k, seed=k)
+    for dtype in DTYPES:
+        for rows in (1, 2, 3, 9):
+            x = torch.randn(rows, k).to(dtype)
+            check(product(x, planes, scheme, 40, None), x, decoded(planes, scheme, 40, k), None)
 
 
 @pytest.mark.parametrize("spelling", NOT_COVERED)
@@ -230,8 +242,9 @@ def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
 
 
 INTEGERS = (
-    *("int4-g128", "int4-g32", "int4-g64-asym", "uint4-g32-bias", "uint4-g64-fzero-fp16", "int4-row", "int4-g192"),
-    *("int8-g128", "int8-row", "int8-g32-asym", "uint8-g64-bias", "int8-g96", "q4_k", "int6-g64", "int2-g64"),
+    *("int4-g128", "int4-g32", "int4-g64-asym", "uint4-g32-bias", "uint4-g64-fzero-fp16", "int4-g192"),
+    *("int4-row", "int4-row-asym", "int8-row", "q4_k", "int6-g64", "int2-g64"),
+    *("int8-g128", "int8-g32-asym", "uint8-g64-bias", "int8-g96"),
 )
 
 

@@ -50,7 +50,8 @@ struct Strips {
           scaled(j.block < std::min(j.columns, WIDTH) ? Scaled::PARTS
                  : j.block < j.columns || j.zero      ? Scaled::STRIPS
                                                       : Scaled::ROWS),
-          per(scaled == Scaled::PARTS ? WIDTH / j.block : 1), fold(std::max<int64_t>(j.block / WIDTH, 1)),
+          per(scaled == Scaled::PARTS ? WIDTH / j.block : 1),
+          fold(j.block >= j.columns ? strips : std::max<int64_t>(j.block / WIDTH, 1)),
           room(room_of(j, blocks)) {}
 
     struct Scratch {
