@@ -34,6 +34,8 @@ DEMO = Path(__file__).parent / "data"
 ZOO = Path(os.environ.get("FXQUANT_ZOO_DIRECTORIES", DEMO / "checkpoints"))
 DIRECTORIES = sorted(path.parent for path in ZOO.glob("*/meta.json"))
 KINDS = ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "dbrx", "deepseek_v3", "jetmoe"]
+ONE = ("qwen3_moe", "jetmoe")
+"""Converted with the first recipe alone: what recipes do to experts that are stored like theirs, others show."""
 RECIPES: dict[str, Any] = {
     "int4": "int4",
     "partly": [*PARTLY[:-1], ("*", "int8")],
@@ -87,8 +89,7 @@ def weights_in(path: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "recipe"), [(k, r) for k in KINDS for r in (["int4"] if k in ONE else RECIPES)])
 def test_files_are_those_of_a_model_in_memory(
     kind: str, recipe: str, sources: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ kind, *recipes = sys.argv[1:]
 make = {"dense": llama, "experts": mixtral}[kind]
 for recipe in recipes:
     fxquant.quantize(make(256, 512, 1), recipe, progress=False)  # imports and caches, once
-    model = make(2048, 8192, 4) if kind == "dense" else make(1024, 1024, 6)
+    model = make(2048, 8192, 2) if kind == "dense" else make(1024, 1024, 3)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     linears = [layer.weight.nbytes for layer in model.model.layers.modules() if type(layer) is torch.nn.Linear]
     planned = fxquant.plan(model, recipe).quantized
@@ -73,7 +73,7 @@ def measure(kind: str) -> list[dict[str, int]]:
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     both: list[dict[str, int]] = [json.loads(line) for line in run.stdout.splitlines()[-2:]]
     for measured in both:
-        assert measured["size"] > 5e8
+        assert measured["size"] > 3e8
         # The memory of the old weights is given back to the system.
         assert measured["after"] <= -0.6 * measured["saved"]
     return both
