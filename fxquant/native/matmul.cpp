@@ -52,8 +52,8 @@ template <class Numbers> bool multiply_in_parts(const Product& job) {
 #endif
 
 #ifdef FXQUANT_CODES
-// The rows of x, or fewer, with which it is slower to take floats apart into digits. In float32 they are multiplied as
-// they are. In short steps there is more to do behind products than in them.
+// The rows of x, or fewer, with which it is slower to multiply panels with digits of floats. In float32 they are multiplied
+// as they are. In short steps there is more to do behind products than in them.
 int64_t fewest_for_digits(const Product& job) {
     const int64_t step = Inputs<3>::step_of(job);
     if (job.kind || job.x_type == 0 || step < 32) return INT64_MAX / job.experts;
