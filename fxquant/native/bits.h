@@ -58,11 +58,25 @@ inline void unpack(const uint8_t* from, int64_t n, int b, uint8_t* fields) {
             const Pairs pairs = widen(read<Bytes>(from));
             write(fields, (pairs | (pairs << 4)) & 0x0f0f);
         }
+#if defined(FXQUANT_AVX512) && defined(__AVX512VBMI__)
+    // 64 fields at once: a word gets the b bytes of 8 of them, and a byte of the result is any 8 bits of a word.
+    constexpr int64_t EACH_BYTE = 0x0101010101010101, NUMBERS = 0x0706050403020100;
+    const __m512i words = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), mask = _mm512_set1_epi8((char)((1 << b) - 1));
+    const __m512i first = _mm512_mullo_epi64(words, _mm512_set1_epi64(EACH_BYTE * b));
+    const __m512i places = _mm512_add_epi8(first, _mm512_set1_epi64(NUMBERS)), shifts = _mm512_set1_epi64(NUMBERS * b);
+    for (; from < end; from += 8 * b, fields += 64) {
+        const int64_t count = end - from < 8 * b ? end - from : 8 * b;
+        const __m512i bytes = _mm512_maskz_loadu_epi8((1ull << count) - 1, from);
+        const __m512i found = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(places, bytes));
+        write(fields, _mm512_and_si512(found, mask));
+    }
+#else
     for (; from < end; from += b, fields += 8) {
         uint64_t word = 0;
         memcpy(&word, from, end - from < 8 ? end - from : 8);
         write(fields, scatter_fields(word, b));
     }
+#endif
 }
 
 } // namespace

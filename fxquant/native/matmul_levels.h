@@ -1,5 +1,7 @@
 // The numbers of one row of the grid of blocks, in float32.
 
+#include <algorithm>
+
 namespace {
 
 inline F small_float(I codes) { // e4m3 as half a float16, which has the exponents for it
@@ -15,6 +17,17 @@ inline F power_of_two(I codes) {
     const F v = as<F>(codes << 23);
     const F low = codes == 0 ? as<F>(I{} + 0x400000) : v;
     return codes == 255 ? all(NAN) : low;
+}
+
+// What bytes stand for.
+inline F looked_up(const float* table, const uint8_t* bytes) {
+#ifdef FXQUANT_AVX512
+    return (F)_mm512_i32gather_ps((__m512i)widen(read<U8>(bytes)), table, 4);
+#else
+    F v;
+    for (int l = 0; l < LANES; l++) v[l] = table[bytes[l]];
+    return v;
+#endif
 }
 
 inline F floats(const void* from, int type, int64_t i, int64_t count) {
@@ -35,32 +48,50 @@ __attribute__((noinline)) void numbers_of_levels(const Level& level, int64_t exp
     if (level.type > 2) unpack(stored, blocks, level.bits, bytes);
     const uint8_t* const outer =
         (const uint8_t*)level.outer + expert * level.outer_expert + over(row, level.outer_rows) * level.outer_stride;
-    // Where the number of the second level is that a block is under, and the first block that is not under it.
-    const int64_t first = level.flat * row;
-    int64_t at = level.outer_type == 7 ? 0 : first / level.per, next = (at + 1) * level.per - first;
     const F offset = all(level.offset ? level.offset[expert * level.offset_expert] : 0);
-    for (int64_t i = 0; i < blocks; i += LANES) {
-        F v;
-        if (level.type <= 2) v = floats(stored, level.type, i, blocks - i);
-        else if (level.type == 5) for (int l = 0; l < LANES; l++) v[l] = level.table[bytes[i + l]];
-        else {
-            const I codes = widen(read<U8>(bytes + i) ^ (uint8_t)level.flip);
-            if (level.type == 3) v = power_of_two(codes);
-            else if (level.type == 4) v = small_float(codes);
-            else v = __builtin_convertvector(codes, F) * level.step + level.low;
-        }
-        if (level.outer_type != 7) {
-            const int64_t end = i + LANES < blocks ? i + LANES : blocks;
-            F above = all(load_one(outer, level.outer_type, at));
-            for (; next < end; next += level.per) {
-                const F value = all(load_one(outer, level.outer_type, ++at));
-                above = lane_numbers() < (int)(next - i) ? above : value;
+    // `above` has the numbers of the second level of the 16 blocks from i on, one by one.
+    const auto go_on = [&](auto&& above) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < blocks; i += LANES) {
+            F v;
+            if (level.type <= 2) v = floats(stored, level.type, i, blocks - i);
+            else if (level.type == 5) v = looked_up(level.table, bytes + i);
+            else {
+                const I codes = widen(read<U8>(bytes + i) ^ (uint8_t)level.flip);
+                if (level.type == 3) v = power_of_two(codes);
+                else if (level.type == 4) v = small_float(codes);
+                else v = __builtin_convertvector(codes, F) * level.step + level.low;
             }
-            if (next == end) at++, next += level.per;
-            v = v * above;
+            v = above(v, i);
+            store(to + i, level.offset ? v + offset : v);
         }
-        store(to + i, level.offset ? v + offset : v);
+    };
+    if (level.outer_type == 7) return go_on([](F v, int64_t) { return v; });
+    // In most schemes a row has its own numbers of the second level, each for a power of two of blocks.
+    if (level.flat == 0 && (level.per & (level.per - 1)) == 0) {
+        const int shift = __builtin_ctzll(level.per);
+        const int64_t count = ((blocks - 1) >> shift) + 1;
+        int64_t behind = 0; // the 16 of them that are at hand
+        F some{};
+        return go_on([&](F v, int64_t i) __attribute__((always_inline)) {
+            const int64_t from = i >> shift;
+            for (; behind <= from; behind += LANES)
+                some = floats(outer, level.outer_type, behind, std::min<int64_t>(count - behind, LANES));
+            return v * look_up_low(some, as<U>((lane_numbers() >> shift) + (int)(from % LANES)));
+        });
     }
+    // Where the number is that a block is under, and the first block that is not under it.
+    const int64_t first = level.flat * row;
+    int64_t at = first / level.per, next = (at + 1) * level.per - first;
+    go_on([&](F v, int64_t i) __attribute__((always_inline)) {
+        const int64_t end = i + LANES < blocks ? i + LANES : blocks;
+        F above = all(load_one(outer, level.outer_type, at));
+        for (; next < end; next += level.per) {
+            const F value = all(load_one(outer, level.outer_type, ++at));
+            above = lane_numbers() < (int)(next - i) ? above : value;
+        }
+        if (next == end) at++, next += level.per;
+        return v * above;
+    });
 }
 
 // Whether the numbers of rows lie behind each other, without anything between them or above them.

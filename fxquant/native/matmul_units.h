@@ -1,33 +1,9 @@
 // Units: 16 weights in a row, that is 2 bytes for every bit of a field, decoded into one vector. Their order in it
 // makes it cheap to take fields apart; rows of x are brought into the same order.
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 namespace {
 
 typedef uint64_t Words __attribute__((vector_size(64)));
-
-// A table of 16 values, repeated where fields have fewer bits: what stands above a field is not looked at.
-inline F look_up_low(F table, U fields) {
-#if defined(FXQUANT_AVX512)
-    return (F)_mm512_permutexvar_ps((__m512i)fields, (__m512)table);
-#elif defined(__AVX2__)
-    __m256 halves[2];
-    __m256i codes[2];
-    write(halves, table), write(codes, fields);
-    for (__m256i& code : codes) {
-        const __m256 low = _mm256_permutevar8x32_ps(halves[0], code), high = _mm256_permutevar8x32_ps(halves[1], code);
-        code = _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28))));
-    }
-    return read<F>(codes);
-#else
-    F v;
-    for (int l = 0; l < LANES; l++) v[l] = table[fields[l] & 15];
-    return v;
-#endif
-}
 
 // Fields of B bits from the lowest bits of 16 lanes on. `SPAN` bytes are read. Lane l has column `column(l)`.
 template <int B> struct Unit {
