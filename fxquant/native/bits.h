@@ -58,7 +58,7 @@ inline void unpack(const uint8_t* from, int64_t n, int b, uint8_t* fields) {
             const Pairs pairs = widen(read<Bytes>(from));
             write(fields, (pairs | (pairs << 4)) & 0x0f0f);
         }
-#if defined(FXQUANT_AVX512) && defined(__AVX512VBMI__)
+#if defined(FXQUANT_AVX512) && defined(__AVX512VBMI__) && defined(__AVX512DQ__)
     // 64 fields at once: a word gets the b bytes of 8 of them, and a byte of the result is any 8 bits of a word.
     constexpr int64_t EACH_BYTE = 0x0101010101010101, NUMBERS = 0x0706050403020100;
     const __m512i words = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), mask = _mm512_set1_epi8((char)((1 << b) - 1));

@@ -5,6 +5,19 @@ namespace {
 
 typedef uint64_t Words __attribute__((vector_size(64)));
 
+#if defined(FXQUANT_AVX512) && defined(__AVX512VBMI__) && defined(__AVX512VL__)
+#define FXQUANT_BYTES // go from anywhere to anywhere in one step
+
+// The bytes of every lane, from the one that its field begins in.
+template <class Unit> struct Places {
+    alignas(64) uint8_t bytes[64];
+
+    constexpr Places() : bytes() {
+        for (int i = 0; i < 64; i++) bytes[i] = Unit::SPAN / 2 * Unit::column(i / 4) / 8 + i % 4;
+    }
+};
+#endif
+
 // Fields of B bits from the lowest bits of 16 lanes on. `SPAN` bytes are read. Lane l has column `column(l)`.
 template <int B> struct Unit {
     static constexpr int SPAN = 2 * B;
@@ -13,6 +26,13 @@ template <int B> struct Unit {
 
     static U fields(const uint8_t* p) {
         if constexpr (B == 8) return as<U>(widen(read<U8>(p)));
+#ifdef FXQUANT_BYTES
+        else if constexpr (B > 4) {
+            static constexpr Places<Unit> places{};
+            const __m512i bytes = _mm512_castsi128_si512(_mm_maskz_loadu_epi8((1 << SPAN) - 1, p));
+            return (U)_mm512_permutexvar_epi8(_mm512_load_si512(places.bytes), bytes) >> rests();
+        }
+#endif
         else if constexpr (B <= 2) return (U{} + (B == 1 ? read<uint16_t>(p) : read<uint32_t>(p))) >> shifts();
         else if constexpr (B <= 4) {
             const uint64_t high = B == 3 ? read<uint32_t>(p + 2) >> 8 : read<uint32_t>(p + 4);
@@ -21,6 +41,14 @@ template <int B> struct Unit {
     }
 
   private:
+#ifdef FXQUANT_BYTES
+    static U rests() {
+        U to;
+        for (int l = 0; l < LANES; l++) to[l] = B * column(l) % 8;
+        return to;
+    }
+#endif
+
     static U shifts() {
         U to;
         for (int l = 0; l < LANES; l++)
