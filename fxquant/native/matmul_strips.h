@@ -72,7 +72,7 @@ struct Strips {
         return true;
     }
 
-    // Those of a strip.
+    // The same of one strip.
     void floats_of(int64_t row, int64_t s, F (&to)[UNITS]) const {
         float natural[WIDTH] = {};
         for (int64_t i = 0; i < WIDTH && s * WIDTH + i < job.columns; i += LANES) {
