@@ -8,13 +8,14 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_planes import random_planes
 from torch import Tensor
 
 from fxquant import codecs, native
 from fxquant.codecs.double import dynamic_map
+from fxquant.errors import SchemeError
 from fxquant.inductor import has_matrix_units
 from fxquant.native import library, matmul, matmul_levels
 from fxquant.ops import ABI
@@ -104,6 +105,39 @@ def test_product_is_that_of_the_decoded_weight(spelling: str, data: st.DataObjec
     y = product(x, planes, scheme, n, bias)
     assert y.shape == (rows, n)
     check(y, x, decoded(planes, scheme, n, k), bias)
+
+
+ELEMENTS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 5, 6, 8)]
+WIDTHS = (16, 32, 48, 64, 80, 96, 128, 192, 256)
+BLOCKS = [*["row"] * 4, "tensor", "flat64", "b8x32", *(f"g{columns}" for columns in WIDTHS)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    element=st.sampled_from(ELEMENTS + ["int4", "uint4"] * 3),
+    block=st.sampled_from(BLOCKS),
+    zero=st.sampled_from(("", "-asym", "-fzero", "-bias")),
+    scales=st.sampled_from(("", "-fp16", "-bf16", "-e8m0")),
+    n=st.sampled_from((1, 8, 33, 70)),
+    k=st.integers(1, 600),
+    rows=st.sampled_from((1, 2, 3, 4, 5, 8, 9, 17, 40)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_integers_however_they_are_combined(
+    element: str, block: str, zero: str, scales: str, n: int, k: int, rows: int, dtype: torch.dtype
+) -> None:
+    try:
+        scheme = Scheme.parse(f"{element}-{block}{zero}{scales}")
+        unit = 64 if block == "flat64" else 32 if block == "b8x32" else max(scheme.block.columns, 1)
+        k, n = -(-k // unit) * unit, n if block != "b8x32" else -(-n // 8) * 8
+        planes = random_planes(scheme, n, k, seed=k)
+    except SchemeError:
+        assume(False)
+    x = torch.randn(rows, k).to(dtype)
+    with native.from_size(0):
+        y = native.linear(x, planes, scheme, n, None)
+    if y is not None:
+        check(y, x, decoded(planes, scheme, n, k), None)
 
 
 @pytest.mark.parametrize("k", [100, 129, 300, 1000])
