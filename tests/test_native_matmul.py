@@ -110,6 +110,7 @@ def test_product_is_that_of_the_decoded_weight(spelling: str, data: st.DataObjec
 ELEMENTS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 5, 6, 8)]
 WIDTHS = (16, 32, 48, 64, 80, 96, 128, 192, 256)
 BLOCKS = [*["row"] * 4, "tensor", "flat64", "b8x32", *(f"g{columns}" for columns in WIDTHS)]
+"""Rows often: their columns end anywhere within what kernels read at once."""
 
 
 @settings(max_examples=300, deadline=None)
