@@ -40,9 +40,11 @@ struct Strips {
     static bool reads_in_streams(const Product&) { return true; }
 
     static bool takes(const Product& job) {
-        const bool whole = job.block >= job.columns || job.block % WIDTH == 0;
-        return job.bits == 4 && (whole || (WIDTH % job.block == 0 && job.zero == 0));
+        return job.bits == 4 && (is_whole(job) || (WIDTH % job.block == 0 && job.zero == 0));
     }
+
+    // Whether blocks end with strips.
+    static bool is_whole(const Product& job) { return job.block >= job.columns || job.block % WIDTH == 0; }
 
     explicit Strips(const Product& j, int64_t units_of_strip = UNITS)
         : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * units_of_strip),
@@ -96,14 +98,19 @@ struct Strips {
 
     void run(const Task& task, Scratch& scratch) const {
         load_numbers(task, scratch);
-        const int64_t turns = (task.count + FEW - 1) / FEW;
+        in_turns<FEW>(task.count, [&](int64_t first, auto m) {
+            if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch);
+            else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch);
+            else few<m, Scaled::PARTS>(task, first, scratch);
+        });
+    }
+
+    // `function` with the first of up to MOST rows of x, and how many these are, for all of them.
+    template <int MOST, class Function> static void in_turns(int64_t count, const Function& function) {
+        const int64_t turns = (count + MOST - 1) / MOST;
         for (int64_t turn = 0; turn < turns; turn++) {
-            const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
-            with_constant<FEW>(next - first, [&](auto m) {
-                if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch);
-                else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch);
-                else few<m, Scaled::PARTS>(task, first, scratch);
-            });
+            const int64_t first = turn * count / turns, next = (turn + 1) * count / turns;
+            with_constant<MOST>(next - first, [&](auto m) { function(first, m); });
         }
     }
 

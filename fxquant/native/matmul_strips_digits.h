@@ -20,8 +20,7 @@ struct DigitStrips : Strips {
     static constexpr int64_t UNITS_OF_STRIP = sizeof(Lanes) / sizeof(F);
 
     static bool takes(const Product& job) {
-        const bool whole = job.block >= job.columns || job.block % WIDTH == 0;
-        return job.bits == 4 && job.kind == 0 && job.x_type != 0 && (whole || WIDTH % job.block == 0);
+        return job.bits == 4 && job.kind == 0 && job.x_type != 0 && (is_whole(job) || WIDTH % job.block == 0);
     }
 
     explicit DigitStrips(const Product& j) : Strips(j, UNITS_OF_STRIP) {}
@@ -38,17 +37,13 @@ struct DigitStrips : Strips {
 
     void run(const Task& task, Scratch& scratch) const {
         load_numbers(task, scratch);
-        const int64_t turns = (task.count + ROWS_OF_X - 1) / ROWS_OF_X;
-        for (int64_t turn = 0; turn < turns; turn++) {
-            const int64_t first = turn * task.count / turns, next = (turn + 1) * task.count / turns;
-            with_constant<ROWS_OF_X>(next - first, [&](auto m) {
-                if (scaled == Scaled::ROWS) return multiply<m, Scaled::ROWS, false>(task, first, scratch);
-                with_flag(job.zero, [&](auto zero) {
-                    if (scaled == Scaled::STRIPS) multiply<m, Scaled::STRIPS, zero>(task, first, scratch);
-                    else multiply<m, Scaled::PARTS, zero>(task, first, scratch);
-                });
+        in_turns<ROWS_OF_X>(task.count, [&](int64_t first, auto m) {
+            if (scaled == Scaled::ROWS) return multiply<m, Scaled::ROWS, false>(task, first, scratch);
+            with_flag(job.zero, [&](auto zero) {
+                if (scaled == Scaled::STRIPS) multiply<m, Scaled::STRIPS, zero>(task, first, scratch);
+                else multiply<m, Scaled::PARTS, zero>(task, first, scratch);
             });
-        }
+        });
     }
 
   private:
