@@ -23,6 +23,7 @@ SPELLINGS = {
     "uint4-g32-bias+int8": 32, "q4_k+int8": 256, "int4-g128+int8-g64": 128, "int4-g128+int8-static": 128,
     "int8-row+int8": 1, "int8-g128+int8": 128, "int8-g32+int8": 32, "uint8-g64-asym+int8": 64,
     "int2-g32+int8": 32, "int3-g64+int8": 64, "int5-g32+int8": 32, "int6-row+int8": 1, "int8-row+int8-static": 1,
+    "int4-g64+int8": 64, "int4-row-asym+int8-g32": 32, "int4-g256+int8-g64": 256,
     "int6-g16+int8-g16": 16, "int4-g48+int8": 48, "int8-g80-asym+int8": 80, "int4-g192+int8": 192, "int8-g16+int8": 16,
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,11 +83,16 @@ def test_product_is_that_of_what_codes_stand_for(spelling: str, data: st.DataObj
 
 
 @pytest.mark.parametrize(
-    "spelling", ["int4-g128+int8", "int4-g32-asym+int8", "int8-row+int8", "int8-g64-asym+int8-g64", "int8-g128+int8"]
+    ("spelling", "k"),
+    [
+        *(("int4-g128+int8", 768), ("int4-g128-asym+int8", 640), ("int4-g64+int8", 704), ("int4-g32-asym+int8", 416)),
+        *(("int4-row+int8", 1023), ("int4-row-asym+int8-g32", 480), ("int4-g256+int8-g64", 768), ("int4-g64+int8", 64)),
+        *(("int8-row+int8", 768), ("int8-g64-asym+int8-g64", 768), ("int8-g128+int8", 768)),
+    ],
 )
-def test_a_row_depends_on_nothing_else(spelling: str) -> None:
-    """Whether codes are decoded in registers, for up to 8 rows, or in panels, to the last bit of float32."""
-    scheme, n, k = Scheme.parse(spelling), 75, 768
+def test_a_row_depends_on_nothing_else(spelling: str, k: int) -> None:
+    """Whether codes are decoded in registers, for one row or for up to 8, or in panels, to the last bit of float32."""
+    scheme, n = Scheme.parse(spelling), 75
     planes, x = planes_of(scheme, n, k), torch.randn(200, k)
     found = []
     for rows in (1, 2, 3, 4, 5, 8, 9, 40, 200):

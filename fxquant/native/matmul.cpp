@@ -116,7 +116,7 @@ extern "C" void fxquant_multiply(const Product* job) {
     }
 #endif
 #ifdef FXQUANT_CODES
-    if (job->x_codes) return (void)multiply<Codes<1>>(*job);
+    if (job->x_codes) return (void)multiply<SingleCodes>(*job);
     if (more_than(fewest_for_digits(*job)) && multiply<Codes<3>>(*job)) return;
     if (!more_than(DigitStrips::ROWS_OF_X) && DigitStrips::takes(*job) && multiply<DigitStrips>(*job)) return;
 #endif

@@ -23,7 +23,8 @@ _SHARED = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h
 _GENERAL = (*_SHARED, "matmul_kernels.h", "matmul_general.cpp")
 _SOURCES = (
     *_SHARED,
-    *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h", "matmul_strips_digits.h"),
+    *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
+    *("matmul_codes_single.h", "matmul_strips_digits.h"),
     *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h"),
     *("matmul.cpp", "gated.cpp"),
 )
