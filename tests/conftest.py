@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -18,10 +19,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def _built(library: Callable[[], object | None]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if library() is None:
-            pytest.skip("no C++ compiler")
+    """Skips where there is no compiler; where there is one, what it cannot compile is an error."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        built = library()
+    if built is None:
+        reason = "\n".join(str(warning.message) for warning in said) or "it could not be compiled before"
+        if shutil.which(os.environ.get("CXX", "g++")):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
