@@ -36,9 +36,7 @@ ROWS = (1, 4, 16, 64, 256)
 SHAPES = ((4096, 4096), (2048, 8192), (1536, 8960), (4096, 14336), (512, 2048))
 """N and K: square, of projections down, and a small one of keys and values."""
 LEAST = 0.9
-LISTED: dict[tuple[str, int, int, int], str] = {
-    ("q4_k", 256, 512, 2048): "beside matrix units: two levels of scales and the order of x, for a small weight",
-}
+LISTED: dict[tuple[str, int, int, int], str] = {}
 """Scheme, rows, N, K: why it may be slower."""
 
 Case = tuple[str, int, int, int]
