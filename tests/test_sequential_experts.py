@@ -92,7 +92,7 @@ def run(module: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.detach().abs().max()))
 
 
 def assert_equal(got: nn.Module, want: nn.Module) -> None:
