@@ -123,7 +123,7 @@ struct SingleCodes : Codes<1> {
             x += PANELS * inputs.stride;
             if (job.block < job.columns) scales += STEPS, offsets += STEPS;
         }
-        // Digits of columns that are not there meet zeros, and other numbers of theirs nothing.
+        // Behind a row of x there is room. Digits of columns that are not there meet zeros, and other numbers nothing.
         if (done < all_steps)
             steps(all_steps - done, [&](const uint8_t* codes, int64_t i) { return read_codes(codes + at + i, bytes - at - i); });
         return total;
