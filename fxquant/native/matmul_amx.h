@@ -15,6 +15,7 @@ template <class Numbers> struct Amx {
     static constexpr int64_t PANEL = Numbers::PANEL, TILE = Numbers::TILE, CHUNKS = Numbers::CHUNKS;
     static constexpr int64_t BATCH = 512; // rows of x for which a panel is decoded once
     static constexpr int VECTORS = Panels::VECTORS;
+    static constexpr int64_t FAR = 1 << 19; // bytes of rows of x, so many that they are asked for before they are multiplied
     static constexpr int AT_A_TIME = 4; // vectors of sums that are added together
     using Ahead = Panels::Ahead;
 
@@ -65,6 +66,12 @@ template <class Numbers> struct Amx {
         float* sums = nullptr;
     };
 
+    // Of rows of x: where the first one's panel is, and how many bytes the next one's is behind it.
+    struct Turns {
+        const uint8_t* x;
+        int64_t apart, count;
+    };
+
     // What has been multiplied and not yet added to totals: the last sums are in tiles, those before them are stored.
     struct Pending {
         Due stored, held;
@@ -95,14 +102,12 @@ template <class Numbers> struct Amx {
                 numbers.with_decoder(panel + i, scratch, [&](const auto& decoder) {
                     decode(decoder, panel + i, scratch.tiles.data + i * Numbers::ROOM, scratch, ahead);
                 });
-            for (int64_t t = 0; t < turns; t++) {
-                const uint8_t* const x = x_of(task, from + t * turn) + panel * numbers.stride;
-                float* const totals = scratch.totals.data + t * all_sums;
-                if (numbers.direct()) add(x, here, totals, scratch, ahead, held);
-                else with_kind([&](auto kind, auto turn) {
-                    multiply<kind, turn>(panel, x, totals, scratch, ahead, pending);
-                });
-            }
+            const Turns of{x_of(task, from) + panel * numbers.stride, task.width * (int64_t)sizeof(float), turns};
+            if (numbers.direct()) for (int64_t t = 0; t < turns; t++)
+                add(of.x + t * of.apart, here, scratch.totals.data + t * all_sums, scratch, ahead, held);
+            else with_kind([&](auto kind, auto turn) {
+                with_each([&](auto each) { multiply<kind, turn, each>(panel, of, scratch, ahead, pending); });
+            });
         }
         if (numbers.direct()) store_tiles(held);
         else with_kind([&](auto kind, auto turn) { finish<kind, turn>(scratch, pending); });
@@ -119,6 +124,13 @@ template <class Numbers> struct Amx {
                 if (turn == 8) return function(kind, std::integral_constant<int, 8>{});
             function(kind, std::integral_constant<int, 16>{});
         });
+    }
+
+    // `function` with the number of tiles of x that a step has, as a constant, or 0 where it has others than most steps.
+    template <int EACH = Numbers::MOST_EACH, class Function> void with_each(const Function& function) const {
+        if (each == EACH) return function(std::integral_constant<int, EACH>{});
+        if constexpr (EACH > 1) return with_each<EACH / 2>(function);
+        function(std::integral_constant<int, 0>{});
     }
 
     void store_tiles(float* to) const {
@@ -175,48 +187,63 @@ template <class Numbers> struct Amx {
         function(std::integral_constant<int, 2>{}), function(std::integral_constant<int, 3>{});
     }
 
-    // The products of a step. `begin` makes a tile ready for its sums, just before they begin: what it held has long been
-    // added up by then, and the units need not wait for it. `meanwhile` is what else is done, a bit behind each product.
-    template <class Begin, class Meanwhile>
+    // The products of a step, which has as many tiles of x as the constant says, if any. `begin` makes a tile ready for its
+    // sums, just before they begin: what it held has long been added up by then, and the units need not wait for it.
+    // `meanwhile` is what else is done, a bit behind each product, with the number of it.
+    template <int EACH, class Begin, class Meanwhile>
     __attribute__((always_inline)) void products(int64_t s, const uint8_t* x, const uint8_t* weight, const Begin& begin,
                                                  const Meanwhile& meanwhile) const {
-        const Factors *next = factors.data() + s * each, *const end = next + each;
-        for (bool first = true; next < end; next++, first = false) {
-            const uint8_t* const tiles = weight + next->of_weight;
-            load_tile<4>(x + next->of_x, apart);
+        const Factors* const own = factors.data() + s * each;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < (EACH ? EACH : each); i++) {
+            const uint8_t* const tiles = weight + own[i].of_weight;
+            load_tile<4>(x + own[i].of_x, apart);
             each_sum([&](auto v) __attribute__((always_inline)) {
                 constexpr int W = 6 + v % 2;
                 load_tile<W>(tiles + v * CHUNKS * TILE, 64);
-                if (first) begin(v);
+                if (i == 0) begin(v);
                 Numbers::template multiply<v, W>();
-                meanwhile();
+                meanwhile(i * VECTORS + v);
             });
         }
     }
 
-    // A turn of rows of x with a panel. Meanwhile sums that are stored are settled, and those in tiles are stored.
-    template <int KIND, int TURN>
-    __attribute__((noinline)) void multiply(int64_t panel, const uint8_t* x, float* totals, Scratch& scratch, Ahead& ahead,
+    // All turns of rows of x with a panel. Meanwhile sums that are stored are settled, those in tiles are stored, and tiles
+    // of x come nearer that the next turn or, behind the last one, the next panel begins with.
+    template <int KIND, int TURN, int EACH>
+    __attribute__((noinline)) void multiply(int64_t panel, const Turns& of, Scratch& scratch, Ahead& ahead,
                                             Pending& pending) const {
         constexpr int64_t ALL = VECTORS * TURN; // vectors of sums
-        const int64_t parts = each * VECTORS;   // of a step, with so many of them that are settled
+        const int64_t parts = (EACH ? EACH : each) * VECTORS; // of a step, with so many of them that are settled
         const int64_t some = (ALL / AT_A_TIME + parts - 1) / parts * AT_A_TIME;
+        const int64_t stride = numbers.stride, per = numbers.per, asks = Ahead::ASKS / per;
+        const bool asks_for_x = Numbers::ASKS_FOR_X && of.count * of.apart > FAR;
+        const int64_t lines = asks_for_x ? (stride + 64 * per * parts - 1) / (64 * per * parts) : 0; // with a part
+        int64_t blocks[PANEL]; // of steps: where their scales are
+        for (int64_t s = 0; s < per; s++)
+            blocks[s] = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
         Due stored = pending.stored, held = pending.held;
-        for (int64_t s = 0; s < numbers.per; s++) {
-            int64_t vector = stored.totals ? 0 : ALL;
-            held.sums = other_sums(scratch, stored);
-            const auto begin = [&](auto v) __attribute__((always_inline)) {
-                store_tile<v>(held.sums + v * TURN * LANES, TURN * 4), clear_tile<v>();
-            };
-            products(s, x, scratch.tiles.data, begin, [&]() __attribute__((always_inline)) {
-                const int64_t end = std::min(vector + some, ALL);
-                for (; vector < end; vector += AT_A_TIME) settle<KIND, TURN>(stored, vector);
-            });
-            for (int64_t i = 0; i < Ahead::ASKS / numbers.per; i++) ahead.ask();
-            const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
-            stored = held;
-            held = {scratch.scales_by_block.data + block, scratch.offsets_by_block.data + block,
-                    numbers.of_step(x, s), totals};
+        float* totals = scratch.totals.data;
+        for (int64_t t = 0; t < of.count; t++, totals += ALL * LANES) {
+            const uint8_t* const x = of.x + t * of.apart;
+            const uint8_t* next_x = t + 1 < of.count ? x + of.apart : of.x + stride;
+            for (int64_t s = 0; s < per; s++) {
+                held.sums = other_sums(scratch, stored);
+                const auto begin = [&](auto v) __attribute__((always_inline)) {
+                    store_tile<v>(held.sums + v * TURN * LANES, TURN * 4), clear_tile<v>();
+                };
+                products<EACH>(s, x, scratch.tiles.data, begin, [&](int64_t part) __attribute__((always_inline)) {
+                    for (int64_t i = 0; i < lines; i++, next_x += 64) __builtin_prefetch(next_x, 0, 3);
+                    if (!stored.totals) return;
+                    const int64_t first = part * some, end = std::min(first + some, ALL);
+#pragma GCC unroll 4
+                    for (int64_t i = first; i < end; i += AT_A_TIME) settle<KIND, TURN>(stored, i);
+                });
+                for (int64_t i = 0; i < asks; i++) ahead.ask();
+                stored = held;
+                held = {scratch.scales_by_block.data + blocks[s], scratch.offsets_by_block.data + blocks[s],
+                        numbers.of_step(x, s), totals};
+            }
         }
         pending = {stored, held};
     }
@@ -231,7 +258,7 @@ template <class Numbers> struct Amx {
             const auto begin = [&](auto v) __attribute__((always_inline)) {
                 if (i == 0) go_on(v);
             };
-            products(0, x, scratch.tiles.data + i * Numbers::ROOM, begin, [] {});
+            products<0>(0, x, scratch.tiles.data + i * Numbers::ROOM, begin, [](int64_t) {});
             for (int64_t i = 0; i < Ahead::ASKS; i++) ahead.ask();
             x += numbers.stride;
         }

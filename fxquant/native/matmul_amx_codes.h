@@ -8,6 +8,8 @@ struct AmxCodes : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, TURN = 16; // columns; rows of x that meet a panel at a time
     static constexpr int64_t turn = TURN;
     static constexpr bool NARROW = false;
+    static constexpr int MOST_EACH = 2;      // tiles of x that a step may have
+    static constexpr bool ASKS_FOR_X = true; // before it is multiplied
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / 64, ROOM = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t TOGETHER = 4; // panels that are decoded before rows of x meet them, or fewer
 

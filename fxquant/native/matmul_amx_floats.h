@@ -11,6 +11,8 @@ struct AmxFloats : Panels {
     static constexpr int64_t PANEL = 128, CHUNK = 32; // columns; of a tile
     static constexpr bool NARROW = true;              // turns may have 8 rows of x
     static constexpr int MOST = 3;                    // pieces
+    static constexpr int MOST_EACH = 4;               // tiles of x that a step has, unless there are more pieces
+    static constexpr bool ASKS_FOR_X = false;         // before it is multiplied: with so many it takes longer
     static constexpr int64_t MANY = 32;               // rows of x
     static constexpr int64_t TILE = 1024, CHUNKS = PANEL / CHUNK, PIECE = VECTORS * CHUNKS * TILE; // bytes; of a panel
     static constexpr int64_t ROOM = MOST * PIECE;
