@@ -141,12 +141,13 @@ template <class Numbers> struct Amx {
     // multiplied with.
     void put(const Task& task, int64_t first, int64_t count, const float* totals, const float* scales) const {
         const uint8_t* const x = x_of(task, first);
+        const __mmask16 of_x = (__mmask16)((1 << turn) - 1); // lanes of the vectors that they lie in
         alignas(64) float found[16][AT_ONCE];
         for (int v = 0; v < VECTORS; v++) {
-            Z rows[16] = {};
+            Z rows[16];
             for (int i = 0; i < 16; i++) {
-                memcpy(rows + i, totals + v * sums + i * turn, apart);
-                rows[i] = (Z)numbers.last((F)rows[i], scales[v * LANES + i], x);
+                const F total = (F)_mm512_maskz_loadu_ps(of_x, totals + v * sums + i * turn);
+                rows[i] = (Z)numbers.last(total, scales[v * LANES + i], x);
             }
             transpose(rows);
             for (int i = 0; i < 16; i++) store(&found[i][v * LANES], (F)rows[i]);
