@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fxquant.inductor import has_matrix_units
+from fxquant.inductor import has_bfloat16_products
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Device:
     bf16: float
     """Products per second of the library's bfloat16 matmul, weights prepacked where that is usual."""
     packed: float
-    """Products per second of a kernel that decodes weights on the way: by matrix units where there are some, else as
-    float32."""
+    """Products per second of a kernel that decodes weights on the way: by what multiplies bfloat16 where there is such, else
+    as float32."""
     int8: float
     """Products of int8 codes per second."""
     fp8: float | None = None
@@ -73,7 +73,7 @@ def probe(nbytes: int = _BYTES, size: int = 1024) -> Device:
     """Measure the CPU at hand, with as many threads as torch uses now; takes about a second and `nbytes` of memory.
 
     The best of a few rounds each: torch's fastest reduction over an array that caches do not hold, and products of
-    square matrices. `packed` is taken to be the rate of bfloat16 where the CPU has matrix units for it, else that of
+    square matrices. `packed` is taken to be the rate of bfloat16 where the CPU has instructions for it, else that of
     float32: kernels that take floats apart for integer instructions may do a third more, others do less.
 
     Args:
@@ -88,7 +88,7 @@ def probe(nbytes: int = _BYTES, size: int = 1024) -> Device:
             read=read_rate(nbytes),
             fp32=fp32,
             bf16=bf16,
-            packed=bf16 if has_matrix_units() else fp32,
+            packed=bf16 if has_bfloat16_products() else fp32,
             int8=_int8_products(size),
             source=f"measured by fxquant.devices.probe, torch {torch.__version__}",
         )

@@ -24,7 +24,7 @@ __all__ = [
     "compile_graph",
     "constant",
     "from_template",
-    "has_matrix_units",
+    "has_bfloat16_products",
     "is_size",
     "likely_size",
     "lowered",
@@ -67,9 +67,12 @@ def compile_cpp(source: str, flags: Sequence[str]) -> ctypes.CDLL:
     return cast(ctypes.CDLL, built)
 
 
-def has_matrix_units() -> bool:
-    """Whether the CPU multiplies tiles of bfloat16 (AMX): `torch.cpu._is_amx_tile_supported`, in torch 2.11, 2.13."""
-    return bool(torch.cpu._is_amx_tile_supported())
+def has_bfloat16_products() -> bool:
+    """Whether the CPU multiplies bfloat16: tiles of it (AMX) or pairs (AVX512-BF16).
+
+    `torch.cpu._is_amx_tile_supported` and `_is_avx512_bf16_supported`: read in torch 2.11, 2.13.
+    """
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:

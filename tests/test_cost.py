@@ -16,7 +16,7 @@ from fxquant import codecs
 from fxquant.cost import K, M, N, Way, cost, decoding_operations, overtakes, weight_bytes
 from fxquant.devices import DEVICES, Device, probe, read_rate
 from fxquant.errors import SchemeError
-from fxquant.inductor import has_matrix_units
+from fxquant.inductor import has_bfloat16_products
 from fxquant.scheme import ELEMENTS, NAMES, Scheme
 
 SCHEMES = (
@@ -162,7 +162,7 @@ def test_no_such_way_is_an_error() -> None:
 def test_the_cpu_at_hand_can_be_measured() -> None:
     found = probe(nbytes=1 << 20, size=64)
     assert min(found.read, found.fp32, found.bf16, found.packed, found.int8) > 0
-    assert found.packed == (found.bf16 if has_matrix_units() else found.fp32)
+    assert found.packed == (found.bf16 if has_bfloat16_products() else found.fp32)
     assert str(torch.get_num_threads()) in found.name
     assert torch.__version__ in found.source
     assert cost("int4", "packed", found).time(1, 256, 256) > 0

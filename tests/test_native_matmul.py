@@ -16,7 +16,7 @@ from torch import Tensor
 from fxquant import codecs, native
 from fxquant.codecs.double import dynamic_map
 from fxquant.errors import SchemeError
-from fxquant.inductor import has_matrix_units
+from fxquant.inductor import has_bfloat16_products
 from fxquant.native import library, matmul, matmul_levels
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
@@ -217,18 +217,21 @@ def test_leading_dimensions_and_strided_planes() -> None:
 
 
 FEW, MORE = (1, 2), (3, 4, 5, 7, 15, 16, 40, 200)
-"""Rows of x, with as many of which a row of the result is the same, whichever kernel, but for matrix units."""
+"""Rows of x, with as many of which a row of the result is the same, whichever kernel, but for products of bfloat16."""
 
 
 def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Those of `calls` that matrix units do not take, and those that they do."""
+    """Those of `calls` that are not multiplied as bfloat16, and those that are, in one way or another."""
     built = matmul.library()
     assert built is not None
-    limit = {4: 8, 8: 12 if scheme.spec.kind == "int" else 4}.get(scheme.spec.bits, 4)
-    if scheme.spec.bits == 4 and dtype == torch.bfloat16:
-        limit = 4 if scheme.spec.kind != "int" else 5 if scheme.zero else 6
-    if not built.fxquant_has_matrix_units():
-        return [calls]
+    bits, integers, short = scheme.spec.bits, scheme.spec.kind == "int", dtype == torch.bfloat16
+    limit = 1 << 40
+    if built.fxquant_has_matrix_units():
+        limit = {4: 8, 8: 12 if integers else 4}.get(bits, 4)
+        if bits == 4 and short:
+            limit = 4 if not integers else 5 if scheme.zero else 6
+    elif built.fxquant_multiplies_pairs() and short:
+        limit = 12 if bits == 4 else 24 if bits == 8 and integers else 4
     return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]
 
 
@@ -264,10 +267,10 @@ def test_a_row_depends_on_nothing_else(spelling: str, dtype: torch.dtype, calls:
             assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
 
 
-def test_matrix_units_are_those_that_the_cost_model_reckons_with(compiled_products: None) -> None:
+def test_products_of_bfloat16_are_those_that_the_cost_model_reckons_with(compiled_products: None) -> None:
     built = matmul.library()
     assert built is not None
-    assert bool(built.fxquant_has_matrix_units()) == has_matrix_units()
+    assert bool(built.fxquant_has_matrix_units() or built.fxquant_multiplies_pairs()) == has_bfloat16_products()
 
 
 def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
@@ -316,11 +319,11 @@ def test_floats_as_whole_numbers_are_off_by_less_than_their_promise(spelling: st
 
 
 @pytest.mark.parametrize("spelling", COVERED)
-def test_matrix_units_round_values_no_more_than_they_say(spelling: str) -> None:
+def test_products_of_bfloat16_round_values_no_more_than_they_say(spelling: str) -> None:
     """Behind the rounding of results: not at all, if values are bfloat16 or x is float32; else to 16 bits or to 8."""
     built = matmul.library()
-    if built is None or not built.fxquant_has_matrix_units():
-        pytest.skip("no matrix units")
+    if built is None or not (built.fxquant_has_matrix_units() or built.fxquant_multiplies_pairs()):
+        pytest.skip("no products of bfloat16")
     scheme, unit, n = Scheme.parse(spelling), COVERED[spelling], 70
     k = unit * -(-300 // unit)
     planes = random_planes(scheme, n, k, seed=k)
@@ -330,7 +333,7 @@ def test_matrix_units_round_values_no_more_than_they_say(spelling: str) -> None:
     )
     exact = torch.equal(values, values.bfloat16().float())
     for dtype in DTYPES:
-        for rows in (9, 40):
+        for rows in (1, 3, 9, 40):
             x = torch.randn(rows, k).to(dtype)
             rounded = product(x, planes, scheme, n, None)[-1]
             rest = product(x, planes, scheme, n, -rounded.float())[-1].double()

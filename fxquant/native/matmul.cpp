@@ -4,24 +4,14 @@ namespace {
 
 void (*general)(const Product*) = nullptr;
 
-#ifdef FXQUANT_AMX
-// The rows of x, or fewer, with which other kernels are faster than matrix units.
-int64_t fewest_for_amx(const Product& job) {
-    if (job.x_codes) return Codes<1>::FEW;
-    if (job.bits == 4) return job.x_type != 1 ? 8 : job.kind ? 4 : job.zero ? 5 : 6;
-    return job.bits == 8 && !job.kind ? 12 : 4;
-}
-
+#ifdef FXQUANT_CODES
 // Rows of x in turns, each of one expert.
-template <class Numbers> bool multiply_in_turns(const Product& job) {
-    const Slots slots(job);
-    const Numbers numbers(job, slots.most());
-    if (numbers.pairs() > 4) return false; // which takes longer than in float32
-    const Amx<Numbers> kernel(numbers);
+template <class Kernel, class Numbers> bool multiply_in_turns(const Slots& slots, const Numbers& numbers) {
+    const Kernel kernel(numbers);
     std::vector<int64_t> first(1), starts, counts; // of each expert, its first turn; of each turn, its first slot
     for (size_t i = 0; i < slots.experts.size(); i++) {
-        for (int64_t at = slots.starts[i], end = slots.starts[i + 1]; at < end; at += kernel.turn)
-            starts.push_back(at), counts.push_back(std::min(end - at, kernel.turn));
+        for (int64_t at = slots.starts[i], end = slots.starts[i + 1]; at < end; at += counts.back())
+            starts.push_back(at), counts.push_back(kernel.rows_of_turn(end - at));
         first.push_back(starts.size());
     }
     const auto work = work_of(kernel, [&](int64_t turn, float* to) {
@@ -30,11 +20,32 @@ template <class Numbers> bool multiply_in_turns(const Product& job) {
     return run_tasks(work, slots, starts.size(), spread_width(kernel.units), first.data());
 }
 
+
+template <class Numbers> bool multiply_words(const Product& job) {
+    return multiply_in_turns<WordPanels<Numbers>>(Slots(job), Numbers(job));
+}
+#endif
+
+#ifdef FXQUANT_AMX
+// The rows of x, or fewer, with which other kernels are faster than matrix units.
+int64_t fewest_for_amx(const Product& job) {
+    if (job.x_codes) return Codes<1>::FEW;
+    if (job.bits == 4) return job.x_type != 1 ? 8 : job.kind ? 4 : job.zero ? 5 : 6;
+    return job.bits == 8 && !job.kind ? 12 : 4;
+}
+
+template <class Numbers> bool multiply_tiles(const Product& job) {
+    const Slots slots(job);
+    const Numbers numbers(job, slots.most());
+    if (numbers.pairs() > 4) return false; // which takes longer than in float32
+    return multiply_in_turns<Amx<Numbers>>(slots, numbers);
+}
+
 // Without experts, no more rows of x at a time than stay in the second-level cache while the weight passes by; where these
 // are so few that decoding the weight for them takes longer, as many as there is room for.
 template <class Numbers> bool multiply_in_parts(const Product& job) {
     constexpr int64_t CACHE = 1200000, TURN = 16, MOST = Amx<Numbers>::BATCH / TURN;
-    if (job.ids || job.slots <= TURN) return multiply_in_turns<Numbers>(job);
+    if (job.ids || job.slots <= TURN) return multiply_tiles<Numbers>(job);
     const int64_t turns = (job.slots + TURN - 1) / TURN, fit = CACHE / (Numbers(job, job.slots).units * 64);
     const int64_t most = fit < 8 ? MOST : std::min(fit, MOST), times = (turns + most - 1) / most;
     for (int64_t i = 0; i < times; i++) {
@@ -44,7 +55,7 @@ template <class Numbers> bool multiply_in_parts(const Product& job) {
         part.x = (const char*)job.x + from * job.x_stride * (job.x_codes == 1 ? 1 : job.x_type ? 2 : 4);
         part.x_scales = job.x_codes == 1 ? job.x_scales + from * job.x_scales_stride : job.x_scales;
         part.y = (char*)job.y + from * job.y_stride * (job.dtype ? 2 : 4);
-        if (!multiply_in_turns<Numbers>(part)) return false;
+        if (!multiply_tiles<Numbers>(part)) return false;
     }
     return true;
 }
@@ -62,6 +73,15 @@ int64_t fewest_for_digits(const Product& job) {
 }
 #endif
 
+#ifdef FXQUANT_BFLOAT16
+// The rows of bfloat16, or fewer, with which other kernels are faster than words of pairs of them: what it takes to decode
+// a panel is paid by all rows of x.
+int64_t fewest_for_words(const Product& job) {
+    if (FloatStrips::takes(job)) return 3 * FloatStrips::ROWS_OF_X;
+    return job.bits == 8 && !job.kind && Inputs<3>::step_of(job) >= 32 ? 24 : 4;
+}
+#endif
+
 } // namespace
 
 // Whether the processor has instructions for products of this dtype, which the vendor's library uses.
@@ -72,26 +92,36 @@ extern "C" int fxquant_multiplies(int dtype) {
     return dtype == 0;
 }
 
-// The most rows of x, of this dtype, with which this is faster than to decode the weight and leave the product to the
-// vendor's library, in float32 where there are no instructions for the dtype.
-extern "C" int64_t fxquant_most_rows(int dtype) {
-#ifdef FXQUANT_AMX
-    if (has_tiles()) return 1ll << 40;
-#endif
-    if (dtype && fxquant_multiplies(dtype)) return 16;
-#ifdef FXQUANT_AVX512
-    return 1024;
-#else
-    return dtype ? 128 : 64;
-#endif
-}
-
 // Whether there are matrix units, and this process may use them.
 extern "C" int fxquant_has_matrix_units() {
 #ifdef FXQUANT_AMX
     return has_tiles();
 #else
     return 0;
+#endif
+}
+
+// Whether there are products of pairs of bfloat16, and no matrix units, which are faster.
+extern "C" int fxquant_multiplies_pairs() {
+#ifdef FXQUANT_BFLOAT16
+    return !fxquant_has_matrix_units();
+#else
+    return 0;
+#endif
+}
+
+// The most rows of x, of this dtype, with which this is faster than to decode the weight and leave the product to the
+// vendor's library, in float32 where there are no instructions for the dtype.
+extern "C" int64_t fxquant_most_rows(int dtype) {
+#ifdef FXQUANT_AMX
+    if (has_tiles()) return 1ll << 40;
+#endif
+    if (dtype == 1 && fxquant_multiplies_pairs()) return 1ll << 40;
+    if (dtype && fxquant_multiplies(dtype)) return 16;
+#ifdef FXQUANT_AVX512
+    return 1024;
+#else
+    return dtype ? 128 : 64;
 #endif
 }
 
@@ -116,7 +146,17 @@ extern "C" void fxquant_multiply(const Product* job) {
     }
 #endif
 #ifdef FXQUANT_CODES
+    if (job->x_codes && more_than(Codes<1>::FEW)) return (void)multiply_words<CodeWords>(*job);
     if (job->x_codes) return (void)multiply<SingleCodes>(*job);
+#endif
+#ifdef FXQUANT_BFLOAT16
+    if (job->x_type == 1 && fxquant_multiplies_pairs()) {
+        if (more_than(fewest_for_words(*job))) {
+            if (multiply_words<FloatWords>(*job)) return;
+        } else if (FloatStrips::takes(*job) && multiply<FloatStrips>(*job)) return;
+    }
+#endif
+#ifdef FXQUANT_CODES
     if (more_than(fewest_for_digits(*job)) && multiply<Codes<3>>(*job)) return;
     if (!more_than(DigitStrips::ROWS_OF_X) && DigitStrips::takes(*job) && multiply<DigitStrips>(*job)) return;
 #endif

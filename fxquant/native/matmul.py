@@ -25,6 +25,7 @@ _SOURCES = (
     *_SHARED,
     *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
     *("matmul_codes_single.h", "matmul_strips_digits.h"),
+    *("matmul_words_floats.h", "matmul_words_codes.h", "matmul_words.h", "matmul_strips_floats.h"),
     *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h"),
     *("matmul.cpp", "gated.cpp"),
 )
@@ -49,11 +50,17 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     with 8 bits where x is bfloat16, with 16 where it is float16, and float32 with them is left to other kernels. With
     more than 32 rows of bfloat16, weights of up to 4 bits in blocks are rounded to bfloat16 with their scales.
 
+    On processors with AVX512-BF16 and no such units, rows of bfloat16 are multiplied by pairs of columns, exactly, and
+    added up in float32: with values of 4 bits always where a block is 16, 32 or 64 columns, some 128 or a row; with
+    integers of 8 bits from 25 rows on, or 5 in blocks of 16; with others from 5 rows on. Values of other tables count with
+    8 bits there, too.
+
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 2 for
     those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 32
-    rows and from 33 on. Without these units, and with many rows of a dtype that the processor has no instructions for,
-    W is decoded as a whole, and the product is torch's, in float32.
+    rows and from 33 on, and all calls by pairs, with values of 4 bits up to 12 rows and from 13 on. Without either, and
+    with many rows of a dtype that the processor has no instructions for, W is decoded as a whole, and the product is
+    torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.
@@ -231,5 +238,6 @@ def library() -> ctypes.CDLL | None:
     built.fxquant_gated_experts_of.argtypes = [*[pointer] * 5, size, number]
     built.fxquant_linear.restype = built.fxquant_gated_experts_of.restype = None
     built.fxquant_multiplies_codes.restype = built.fxquant_has_matrix_units.restype = ctypes.c_int
+    built.fxquant_multiplies_pairs.restype = ctypes.c_int
     built.fxquant_multiplies.argtypes, built.fxquant_multiplies.restype = [ctypes.c_int], ctypes.c_int
     return built

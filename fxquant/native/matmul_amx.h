@@ -45,6 +45,9 @@ template <class Numbers> struct Amx {
 
     static bool reads_in_streams(const Product&) { return false; }
 
+    // How many of these rows of x are the next turn.
+    int64_t rows_of_turn(int64_t rest) const { return std::min(rest, turn); }
+
     struct Scratch : Panels::Scratch {
         Buffer<uint8_t> tiles; // of a panel
         Buffer<float> sums;    // of two steps

@@ -43,12 +43,13 @@ struct Panels {
     struct Scratch {
         Buffer<float> scales, offsets; // by row
         Buffer<float> scales_by_block, offsets_by_block, totals;
+        Buffer<float> sums; // of a turn
         Buffer<uint8_t> bytes, words, panel;
         const uint8_t* codes[AT_ONCE]; // of every row
 
         explicit Scratch(int64_t room, int64_t batch = BATCH)
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
-              offsets_by_block(AT_ONCE * room), totals(batch * AT_ONCE), bytes(EACH * room + 128), words(AT_ONCE * 64),
+              offsets_by_block(AT_ONCE * room), totals(batch * AT_ONCE), sums(TOKENS * AT_ONCE), bytes(EACH * room + 128), words(AT_ONCE * 64),
               panel(AT_ONCE * 64 * sizeof(float)) {}
     };
 
@@ -104,10 +105,12 @@ struct Panels {
 
         const uint8_t *const start, *next, *due;
         const int64_t bytes, each; // of a panel, and of a time
+        const int64_t some, asks;  // the same in whole lines, and how many times that are in a turn
 
         Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns)
             : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), due(start),
-              bytes(AT_ONCE * columns * task.job.bits / 8), each((bytes + (turns + 1) * ASKS - 1) / ((turns + 1) * ASKS)) {}
+              bytes(AT_ONCE * columns * task.job.bits / 8), each((bytes + (turns + 1) * ASKS - 1) / ((turns + 1) * ASKS)),
+              some((each + 63) / 64 * 64), asks((ASKS * each + some - 1) / some) {}
 
         void to_panel(int64_t panel) { next = due = start + panel * bytes; }
 

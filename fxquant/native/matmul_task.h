@@ -98,6 +98,14 @@ template <class Function> inline void with_flag(bool flag, const Function& funct
     else function(std::false_type{});
 }
 
+// `function` with every number from 0 to N - 1, as a constant: what is indexed by them stays in registers.
+template <int N, class Function> inline __attribute__((always_inline)) void each(const Function& function) {
+    if constexpr (N > 0) {
+        each<N - 1>(function);
+        function(std::integral_constant<int, N - 1>{});
+    }
+}
+
 // `function` with the number as a constant, from 1 to N.
 template <int N, class Function> inline void with_constant(int64_t n, const Function& function) {
     if constexpr (N > 1) if (n < N) return with_constant<N - 1>(n, function);

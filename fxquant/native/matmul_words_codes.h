@@ -1,0 +1,106 @@
+// int8 codes of x and codes of a weight as words of four columns, added up as integers: into the same bits as by `Codes<1>`.
+
+#ifdef FXQUANT_CODES
+
+namespace {
+
+struct CodeWords : Panels {
+    static constexpr int64_t PANEL = Inputs<1>::PANEL, WORDS = PANEL / 4; // columns, and words of them
+    static constexpr int64_t TOGETHER = 2; // panels
+    static constexpr int64_t NUMBERS = 3; // of a step of a row of x: what sums begin with, the sum of codes, their scale
+
+    const Inputs<1> inputs;
+    const bool one_scale;            // of a row of x, with which it is multiplied at the end
+    const int64_t panels, step, per; // as there
+    const int64_t stride;            // bytes of a panel of a turn: words, and numbers of every step
+    const int64_t units;             // of a turn
+    const bool plain;                // sums meet scales of the weight and nothing else
+
+    explicit CodeWords(const Product& j)
+        : Panels(j), inputs(j), one_scale(j.x_group >= j.columns), panels(inputs.panels), step(inputs.step), per(inputs.per),
+          stride((WORDS + per * NUMBERS) * TOKENS * 4), units((panels * stride + 63) / 64),
+          plain(one_scale && !inputs.whole && !j.zero) {}
+
+    // Rows of x, word by word: with codes of 4 bits of the weight, of every 8 columns first the even ones.
+    bool spread(const int64_t* slots, int64_t count, float* to) const {
+        Buffer<float> row(inputs.units * LANES);
+        for (int64_t t = 0; t < count; t++) {
+            if (!inputs.spread(slots[t] / job.picks, row.data)) return false;
+            for (int64_t panel = 0; panel < panels; panel++) {
+                int32_t* const words = (int32_t*)((char*)to + panel * stride) + t;
+                const int32_t* const digits = (const int32_t*)inputs.digits(row.data, panel);
+                for (int64_t i = 0; i < WORDS; i++)
+                    words[i * TOKENS] = digits[job.bits == 4 ? i % 2 * (WORDS / 2) + i / 2 : i];
+                for (int64_t s = 0; s < per; s++) {
+                    const auto& of_x = inputs.steps(row.data, panel)[s];
+                    int32_t* const own = words + (WORDS + s * NUMBERS) * TOKENS;
+                    own[0] = of_x.starts[0][0], own[TOKENS] = as<int32_t>(of_x.total);
+                    own[2 * TOKENS] = as<int32_t>(of_x.scale);
+                }
+            }
+        }
+        return true;
+    }
+
+    static const float* number(const char* x, int64_t s, int64_t t) {
+        return (const float*)x + (WORDS + s * NUMBERS) * TOKENS + t;
+    }
+
+    static Z start(const char* x, int64_t s, int64_t t) { return _mm512_set1_epi32(as<int32_t>(*number(x, s, t))); }
+
+    static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) {
+        asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    }
+
+    static F added(F total, Z sum, F scale) { return multiply_add((F)_mm512_cvtepi32_ps(sum), scale, total); }
+
+    void settle(const char* x, int64_t s, int64_t t, const Z* found, const float* scales, const float* offsets,
+                float* totals) const {
+        const float* const own = number(x, s, t);
+        const F of_x = all(own[TOKENS]), scale_of_x = all(own[2 * TOKENS]);
+        for (int64_t i = 0; i < AT_ONCE; i += LANES) {
+            const F total = load(totals + i), sum = (F)_mm512_cvtepi32_ps(found[i / LANES]), scale = load(scales + i);
+            if (inputs.whole) store(totals + i, (F)_mm512_add_epi32((Z)total, found[i / LANES]));
+            else if (job.zero)
+                store(totals + i,
+                      add_sum<true>(total, sum, scale, load(offsets + i), of_x, scale_of_x, job.zero, one_scale));
+            else store(totals + i, add_sum<false>(total, sum, scale, F{}, of_x, scale_of_x, 0, one_scale));
+        }
+    }
+
+    void finish(const char* x, int64_t t, const float* scales, float* totals) const {
+        const F own = all(number(x, 0, t)[2 * TOKENS]);
+        for (int64_t i = 0; one_scale && i < AT_ONCE; i += LANES) {
+            F total = load(totals + i);
+            if (inputs.whole) total = (F)_mm512_cvtepi32_ps((Z)total) * load(scales + i);
+            store(totals + i, total * own);
+        }
+    }
+
+    void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
+        const Z low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0);
+        for (int v = 0; v < VECTORS; v++)
+            for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
+                Z words[16];
+                read_words(scratch, v, panel * PANEL + half * 64, words);
+                Z* const to = to_panel + half * WORDS / 2 * VECTORS + v;
+                const auto each = [&](auto&& put) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < 16; i++) {
+                        if (half == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
+                        put(i);
+                    }
+                };
+                if (job.bits == 4)
+                    each([&](int i) {
+                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
+                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
+                    });
+                else each([&](int i) { to[i * VECTORS] = _mm512_xor_si512(words[i], flip); });
+            }
+    }
+};
+
+} // namespace
+
+#endif
