@@ -7,8 +7,7 @@
 namespace {
 
 struct FloatStrips : Strips {
-    static constexpr int ROWS_OF_X = 4;      // at once
-    static constexpr int64_t FAR = 2 * NEAR; // bytes that are asked for: there is less to do until they are read
+    static constexpr int ROWS_OF_X = 4; // at once
 
     // A row of x in a strip; of every lane the sum of its columns.
     struct alignas(64) Lanes {
@@ -111,7 +110,7 @@ struct FloatStrips : Strips {
         int64_t s = 0;
         for (; (s + 1) * BYTES <= bytes; s++) {
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + FAR + s * BYTES, 0, 3);
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + NEAR + s * BYTES, 0, 3);
             strip(s, [&](int r) __attribute__((always_inline)) { return _mm512_loadu_si512(from[r] + s * BYTES); });
         }
         for (; s < strips; s++)
