@@ -28,9 +28,20 @@ template <class Numbers> struct WordPanels {
 
     const Numbers& numbers;
     const Product& job;
-    const int64_t room, units; // as there
+    const int64_t room, units;                 // as there
+    const int64_t words_of_step;
+    const std::vector<int64_t> first_of_block; // of every step of a row: where the scales are, by block
 
-    explicit WordPanels(const Numbers& n) : numbers(n), job(n.job), room(n.room), units(n.units) {}
+    explicit WordPanels(const Numbers& n)
+        : numbers(n), job(n.job), room(n.room), units(n.units), words_of_step(Numbers::WORDS / n.per),
+          first_of_block(places_of(n)) {}
+
+    static std::vector<int64_t> places_of(const Numbers& numbers) {
+        std::vector<int64_t> found(numbers.panels * numbers.per);
+        for (int64_t i = 0; i < (int64_t)found.size(); i++)
+            found[i] = std::min(i * numbers.step / numbers.job.block, numbers.blocks - 1) * AT_ONCE;
+        return found;
+    }
 
     static bool reads_in_streams(const Product&) { return false; }
 
@@ -49,6 +60,7 @@ template <class Numbers> struct WordPanels {
     void run(const Task& task, Scratch& scratch) const {
         numbers.load_numbers(task, scratch);
         numbers.by_block(scratch);
+        numbers.prepare(scratch);
         Turn turns[BATCH];
         const char* x = (const char*)task.x;
         for (int64_t row = 0; row < task.count;) {
@@ -71,8 +83,10 @@ template <class Numbers> struct WordPanels {
             for (int64_t p = panel; p < end; p++)
                 numbers.decode(p, scratch, (Z*)scratch.panel.data + (p - panel) * Numbers::WORDS * VECTORS, ahead);
             for (int64_t i = 0; i < count; i++)
-                with_constant<TURN>(turns[i].count, [&](auto rows) {
-                    multiply<rows>(panel, end, turns[i].x, totals(turns[i]), scratch, ahead);
+                with_flag(numbers.plain, [&](auto plain) {
+                    with_constant<TURN>(turns[i].count, [&](auto rows) {
+                        multiply<rows, plain>(panel, end, turns[i].x, totals(turns[i]), scratch, ahead);
+                    });
                 });
         }
         for (int64_t i = 0; i < count; i++)
@@ -84,22 +98,22 @@ template <class Numbers> struct WordPanels {
     }
 
     // A turn with some panels, added to what there is of it.
-    template <int T>
+    template <int T, bool PLAIN>
     __attribute__((noinline)) void multiply(int64_t first, int64_t end, const char* of_turn, float* totals, Scratch& scratch,
                                             Ahead& ahead) const {
         const Z* weights = (const Z*)scratch.panel.data;
         const uint8_t* next = ahead.next; // as what is in memory could be that of others
         int64_t asks = ahead.asks;
-        for (int64_t i = first * numbers.per; i < end * numbers.per; i++) {
-            const int64_t panel = numbers.per == 1 ? i : i / numbers.per, s = i - panel * numbers.per;
-            const char* const x = of_turn + panel * numbers.stride;
-            const int32_t* words = (const int32_t*)x + s * (Numbers::WORDS / numbers.per) * TURN;
+        const char* x = of_turn + first * numbers.stride;
+        const int32_t* words = (const int32_t*)x;
+        for (int64_t i = first * numbers.per, s = 0; i < end * numbers.per; i++, s++) {
+            if (s == numbers.per) s = 0, x += numbers.stride, words = (const int32_t*)x;
             Z sums[T][VECTORS];
             each<T>([&](auto t) __attribute__((always_inline)) {
                 const Z start = numbers.start(x, s, t);
                 each<VECTORS>([&](auto v) __attribute__((always_inline)) { sums[t][v] = start; });
             });
-            for (int64_t left = Numbers::WORDS / numbers.per; left > 0; left -= 2) {
+            for (int64_t left = words_of_step; left > 0; left -= 2) {
                 if (asks-- > 0)
                     for (const uint8_t* const end = next + ahead.some; next < end; next += 64) __builtin_prefetch(next, 0, 2);
                 each<2>([&](auto second) __attribute__((always_inline)) {
@@ -116,23 +130,32 @@ template <class Numbers> struct WordPanels {
                 });
                 weights += 2 * VECTORS, words += 2 * TURN;
             }
-            const int64_t block = std::min((panel * PANEL + s * numbers.step) / job.block, numbers.blocks - 1) * AT_ONCE;
+            asm volatile("" : "+r"(totals)); // read again in every step: there are no registers to keep them in
+            const int64_t block = first_of_block[i];
             const float* const scales = scratch.scales_by_block.data + block;
-            if (numbers.plain) {
+            const float* const offsets = scratch.offsets_by_block.data + block;
+            const auto settle = [&](auto with_offsets) __attribute__((always_inline)) {
                 each<T>([&](auto t) __attribute__((always_inline)) {
+                    F of_x{};
+                    if constexpr (with_offsets) of_x = Numbers::sum_of_x(x, s, t);
                     each<VECTORS>([&](auto v) __attribute__((always_inline)) {
                         float* const to = totals + t * AT_ONCE + v * LANES;
-                        store(to, Numbers::added(load(to), sums[t][v], load(scales + v * LANES)));
+                        F total = load(to);
+                        if constexpr (with_offsets) total = multiply_add(load(offsets + v * LANES), of_x, total);
+                        store(to, Numbers::added(total, sums[t][v], load(scales + v * LANES)));
                     });
                 });
-                continue;
+            };
+            if constexpr (PLAIN) settle(std::false_type{});
+            else if constexpr (Numbers::ADDS_OFFSETS) settle(std::true_type{});
+            else {
+                Z* const found = (Z*)scratch.sums.data;
+                each<T>([&](auto t) __attribute__((always_inline)) {
+                    each<VECTORS>([&](auto v) __attribute__((always_inline)) { found[t * VECTORS + v] = sums[t][v]; });
+                });
+                for (int64_t t = 0; t < T; t++)
+                    numbers.settle(x, s, t, found + t * VECTORS, scales, offsets, totals + t * AT_ONCE);
             }
-            Z* const found = (Z*)scratch.sums.data;
-            each<T>([&](auto t) __attribute__((always_inline)) {
-                each<VECTORS>([&](auto v) __attribute__((always_inline)) { found[t * VECTORS + v] = sums[t][v]; });
-            });
-            for (int64_t t = 0; t < T; t++)
-                numbers.settle(x, s, t, found + t * VECTORS, scales, scratch.offsets_by_block.data + block, totals + t * AT_ONCE);
         }
         ahead.next = next;
     }

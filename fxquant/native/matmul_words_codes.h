@@ -14,12 +14,16 @@ struct CodeWords : Panels {
     const int64_t panels, step, per; // as there
     const int64_t stride;            // bytes of a panel of a turn: words, and numbers of every step
     const int64_t units;             // of a turn
+    static constexpr bool ADDS_OFFSETS = false; // to sums, as they are: `settle` does
     const bool plain;                // sums meet scales of the weight and nothing else
 
     explicit CodeWords(const Product& j)
         : Panels(j), inputs(j), one_scale(j.x_group >= j.columns), panels(inputs.panels), step(inputs.step), per(inputs.per),
           stride((WORDS + per * NUMBERS) * TOKENS * 4), units((panels * stride + 63) / 64),
           plain(one_scale && !inputs.whole && !j.zero) {}
+
+    void prepare(Scratch&) const {}
+
 
     // Rows of x, word by word: with codes of 4 bits of the weight, of every 8 columns first the even ones.
     bool spread(const int64_t* slots, int64_t count, float* to) const {

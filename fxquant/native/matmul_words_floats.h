@@ -51,7 +51,8 @@ struct FloatWords : Panels {
     const int64_t step, per; // columns whose sums meet a scale, and how many such steps a panel has
     const int64_t stride;    // bytes of a panel of a turn: words; where there are offsets, of every step the sums of x
     const int64_t units;     // of a turn
-    const bool plain;        // sums meet scales and nothing else
+    static constexpr bool ADDS_OFFSETS = true; // times the sum of x
+    const bool plain;        // there are none
     Z low, high;             // of up to 64 values, in bfloat16
 
     explicit FloatWords(const Product& j)
@@ -111,8 +112,6 @@ struct FloatWords : Panels {
         return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16);
     }
 
-    const float* sums(const char* x, int64_t s) const { return (const float*)(x + WORDS * TOKENS * 4) + s * TOKENS; }
-
     // `sum += w x`
     static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) {
         asm volatile("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
@@ -124,15 +123,13 @@ struct FloatWords : Panels {
     // The total and a plain sum.
     static F added(F total, Z sum, F scale) { return multiply_add((F)sum, scale, total); }
 
-    // The same of all rows of the panel, where sums are not plain: offsets meet the sum of x.
-    void settle(const char* x, int64_t s, int64_t t, const Z* found, const float* scales, const float* offsets,
-                float* totals) const {
-        const F of_x = all(sums(x, s)[t]);
-        for (int64_t i = 0; i < AT_ONCE; i += LANES) {
-            const F sum = (F)found[i / LANES], scale = load(scales + i), offset = load(offsets + i), total = load(totals + i);
-            store(totals + i, job.zero == 1 ? multiply_add(negative_multiply_add(offset, of_x, sum), scale, total)
-                                            : multiply_add(sum, scale, multiply_add(offset, of_x, total)));
-        }
+    static F sum_of_x(const char* x, int64_t s, int64_t t) { return all(((const float*)x)[(WORDS + s) * TOKENS + t]); }
+
+    // Zeros become offsets behind scales.
+    void prepare(Scratch& scratch) const {
+        for (int64_t i = 0; job.zero == 1 && i < blocks * AT_ONCE; i += LANES)
+            store(scratch.offsets_by_block.data + i,
+                  -load(scratch.offsets_by_block.data + i) * load(scratch.scales_by_block.data + i));
     }
 
     static void finish(const char*, int64_t, const float*, float*) {}
