@@ -231,7 +231,7 @@ def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tu
         if bits == 4 and short:
             limit = 4 if not integers else 5 if scheme.zero else 6
     elif built.fxquant_multiplies_pairs() and short:
-        limit = 12 if bits == 4 else 24 if bits == 8 and integers else 4
+        limit = {2: 4, 3: 0, 4: 12, 5: 1, 6: 1}.get(bits, 24 if integers else 0)
     return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]
 
 

@@ -78,7 +78,9 @@ int64_t fewest_for_digits(const Product& job) {
 // a panel is paid by all rows of x.
 int64_t fewest_for_words(const Product& job) {
     if (FloatStrips::takes(job)) return 3 * FloatStrips::ROWS_OF_X;
-    return job.bits == 8 && !job.kind && Inputs<3>::step_of(job) >= 32 ? 24 : 4;
+    if (job.bits == 8 && !job.kind) return Inputs<3>::step_of(job) < 32 ? 4 : 24;
+    if (job.bits == 3 || job.bits == 8) return 0;
+    return job.bits <= 2 ? 4 : 1;
 }
 #endif
 

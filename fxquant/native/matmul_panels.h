@@ -71,6 +71,39 @@ struct Panels {
         return _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : rest <= 0 ? 0 : (1ull << rest) - 1, from);
     }
 
+    // Up to 64 fields from a byte on, and behind them whatever the last byte has, then zeros.
+    struct Fields {
+#ifdef FXQUANT_BYTES
+        // A word gets the bytes of 8 fields, and a byte of the result is any 8 bits of a word.
+        Z places, shifts, mask;
+        __mmask64 bytes;
+
+        Fields(int bits, int64_t count) : bytes((1ull << (count * bits + 7) / 8) - 1) {
+            constexpr int64_t EACH_BYTE = 0x0101010101010101, NUMBERS = 0x0706050403020100;
+            alignas(64) int64_t first[8];
+            for (int i = 0; i < 8; i++) first[i] = EACH_BYTE * bits * i + NUMBERS;
+            places = _mm512_load_si512(first), shifts = _mm512_set1_epi64(NUMBERS * bits);
+            mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+        }
+
+        Z operator()(const uint8_t* from) const {
+            const Z words = _mm512_permutexvar_epi8(places, _mm512_maskz_loadu_epi8(bytes, from));
+            return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, words), mask);
+        }
+#else
+        int bits;
+        int64_t count;
+
+        Fields(int b, int64_t n) : bits(b), count(n) {}
+
+        Z operator()(const uint8_t* from) const {
+            uint8_t copy[64 + 64] = {};
+            unpack(from, count, bits, copy);
+            return _mm512_loadu_si512(copy);
+        }
+#endif
+    };
+
     // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each. The 16
     // rows that come next are asked for, and no more: of many rows that are a power of two apart, the first-level cache
     // holds few.
@@ -78,13 +111,14 @@ struct Panels {
         const int64_t first = column * job.bits / 8, rest = bytes - first;
         const uint8_t* const* const rows = scratch.codes + v * LANES;
         const uint8_t* const* const next = scratch.codes + (v + 1) % VECTORS * LANES;
-        const int64_t next_first = v + 1 < VECTORS ? first : first + 64;
+        const int64_t next_first = v + 1 < VECTORS ? first : first + (job.bits == 4 ? 64 : 8 * job.bits);
         if (job.bits != 4 && job.bits != 8) {
-            uint8_t copy[64 + 64];
+            const int64_t count = std::max<int64_t>(std::min<int64_t>(64, job.columns - column), 0);
+            const Fields fields(job.bits, count);
+#pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) {
-                memset(copy, 0, 64);
-                unpack(rows[r] + first, std::max<int64_t>(std::min<int64_t>(64, job.columns - column), 0), job.bits, copy);
-                words[r] = _mm512_loadu_si512(copy);
+                words[r] = fields(rows[r] + first);
+                __builtin_prefetch(next[r] + next_first, 0, 3);
             }
         } else if (rest >= 64) {
 #pragma GCC unroll 16

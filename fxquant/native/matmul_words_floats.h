@@ -1,7 +1,7 @@
 // Products of bfloat16 with bfloat16, two columns at a time (AVX512-BF16), where there are no matrix units: x is that, and
 // so are integers and small floats as they are; values of other tables are rounded to it. Sums are in float32.
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(FXQUANT_BYTES) && defined(FXQUANT_CODES)
 #define FXQUANT_BFLOAT16
 
 #include <algorithm>
@@ -19,28 +19,6 @@ inline bool are_moderate(Z magnitudes) {
     return largest >= as<uint32_t>(0x1p-80f) && largest < as<uint32_t>(0x1p100f);
 }
 
-// Float8 in the lower bytes of 16 bits, as bfloat16 with more exponents; what has none of its own is in a table, by its
-// last 5 bits. `values` has those of all codes.
-template <bool E4M3> struct SmallFloats {
-    static constexpr int BITS = E4M3 ? 3 : 2, FIRST = 1 << BITS, LAST = E4M3 ? 0x7e : 0x7b, BIAS = 127 - (E4M3 ? 7 : 15);
-    Z others;
-
-    explicit SmallFloats(const float* values) {
-        float found[32];
-        for (int i = 0; i < 32; i++) found[i] = values[i < 16 ? i : 0x60 + i];
-        others = rounded_pair(load(found), load(found + LANES));
-    }
-
-    Z operator()(Z codes) const {
-        const auto all = [](int bits) { return _mm512_set1_epi16((short)bits); };
-        const Z size = _mm512_and_si512(codes, all(0x7f));
-        const __mmask32 other = _mm512_cmpgt_epu16_mask(_mm512_sub_epi16(size, all(FIRST)), all(LAST - FIRST));
-        const Z more = _mm512_add_epi16(_mm512_slli_epi16(size, 7 - BITS), all(BIAS << 7));
-        const Z found = _mm512_mask_permutexvar_epi16(more, other, size, others);
-        return _mm512_or_si512(found, _mm512_and_si512(_mm512_slli_epi16(codes, 8), all(0x8000)));
-    }
-};
-
 struct FloatWords : Panels {
     static constexpr int64_t PANEL = 128, WORDS = PANEL / 2; // columns, and words of them
     static constexpr int QUARTERS = 4;
@@ -54,14 +32,29 @@ struct FloatWords : Panels {
     static constexpr bool ADDS_OFFSETS = true; // times the sum of x
     const bool plain;        // there are none
     Z low, high;             // of up to 64 values, in bfloat16
+    Z bytes[2][4];           // of 256: their lower bytes, and their higher ones
 
     explicit FloatWords(const Product& j)
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), per(PANEL / step),
           stride((WORDS + (j.zero ? per : 0)) * TOKENS * 4), units((panels * stride + 63) / 64), plain(j.zero == 0) {
-        const auto value = [&](int i) { return j.values[i % std::max(1 << j.bits, LANES)]; };
-        float of[64];
-        for (int i = 0; i < 64; i++) of[i] = j.bits < 8 ? value(i) : 0;
-        low = rounded_pair(load(of), load(of + 16)), high = rounded_pair(load(of + 32), load(of + 48));
+        uint16_t all[256];
+        for (int i = 0; i < 256; i += 2 * LANES) {
+            float of[2 * LANES];
+            for (int l = 0; l < 2 * LANES; l++) of[l] = value(i + l);
+            _mm512_storeu_si512(all + i, rounded_pair(load(of), load(of + LANES)));
+        }
+        low = _mm512_loadu_si512(all), high = _mm512_loadu_si512(all + 32);
+        for (int part = 0; part < 4; part++) {
+            uint8_t of[2][64];
+            for (int i = 0; i < 64; i++) of[0][i] = all[64 * part + i] & 255, of[1][i] = all[64 * part + i] >> 8;
+            for (int half = 0; half < 2; half++) bytes[half][part] = _mm512_loadu_si512(of[half]);
+        }
+    }
+
+    // What a code stands for, and again and again.
+    float value(int code) const {
+        if (job.bits < 8 || job.kind) return job.values[code % std::max(1 << job.bits, LANES)];
+        return job.low ? (int8_t)code : code;
     }
 
     static bool takes(const Product& job) { return job.x_type == 1 && !job.x_codes; }
@@ -134,22 +127,21 @@ struct FloatWords : Panels {
 
     static void finish(const char*, int64_t, const float*, float*) {}
 
-    // How codes become values: by a table of 32 at most, or of 64, as float8, or as integers.
-    enum Values { NIBBLES, FEW, MANY, E4M3, E5M2, SIGNED, UNSIGNED };
+    // How codes become values: by tables of 32, in words of 4 bits or in bytes, of 64, or of 256, of which those of floats
+    // differ by a sign from one half to the other.
+    enum Values { NIBBLES, FEW, SOME, MANY, SIGNED };
 
     void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
         if (job.bits == 4) decode<NIBBLES>(panel, scratch, to_panel, ahead);
         else if (job.bits < 6) decode<FEW>(panel, scratch, to_panel, ahead);
-        else if (job.bits == 6) decode<MANY>(panel, scratch, to_panel, ahead);
-        else if (job.kind == 2) decode<E4M3>(panel, scratch, to_panel, ahead);
-        else if (job.kind == 3) decode<E5M2>(panel, scratch, to_panel, ahead);
-        else if (job.low) decode<SIGNED>(panel, scratch, to_panel, ahead);
-        else decode<UNSIGNED>(panel, scratch, to_panel, ahead);
+        else if (job.bits == 6) decode<SOME>(panel, scratch, to_panel, ahead);
+        else if (job.kind) decode<SIGNED>(panel, scratch, to_panel, ahead);
+        else decode<MANY>(panel, scratch, to_panel, ahead);
     }
 
-    template <Values VALUES> __attribute__((noinline)) void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
+    template <Values VALUES>
+    __attribute__((noinline)) void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
         constexpr int PER = VALUES == NIBBLES ? 4 : 2; // words that are made of one
-        const SmallFloats<VALUES == E4M3> floats(job.values);
         for (int v = 0; v < VECTORS; v++)
             for (int64_t part = 0; part < QUARTERS; part += PER) {
                 Z words[16];
@@ -159,25 +151,34 @@ struct FloatWords : Panels {
                 for (int i = 0; i < 16; i++) {
                     if (part == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
 #pragma GCC unroll 4
-                    for (int j = 0; j < PER; j++) to[(i * PER + j) * VECTORS] = values<VALUES>(words[i], j, floats);
+                    for (int j = 0; j < PER; j++) to[(i * PER + j) * VECTORS] = values<VALUES>(words[i], j);
                 }
             }
     }
 
     // Two values of each row: of 4 bits, those that are j and j + 4 in words, of bytes j and j + 2.
-    template <Values VALUES, class Floats> Z values(Z word, int j, const Floats& floats) const {
+    template <Values VALUES> Z values(Z word, int j) const {
         if (VALUES == NIBBLES) return _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4 * j), low);
-        if (VALUES == SIGNED || VALUES == UNSIGNED) {
-            const auto value = [&](int byte) {
-                const Z top = _mm512_slli_epi32(word, 24 - 8 * byte);
-                return (Z)_mm512_cvtepi32_ps(VALUES == SIGNED ? _mm512_srai_epi32(top, 24) : _mm512_srli_epi32(top, 24));
-            };
-            return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(value(j), 16), value(j + 2));
+        if (VALUES == MANY || VALUES == SIGNED) {
+            constexpr __mmask64 ODD = 0xaaaaaaaaaaaaaaaa;
+            const Z lower = bytes_of<VALUES>(word, bytes[0]), higher = bytes_of<VALUES>(word, bytes[1]);
+            if (j) return _mm512_mask_blend_epi8(ODD, _mm512_srli_epi16(lower, 8), with_signs<VALUES>(higher, word));
+            return _mm512_mask_blend_epi8(ODD, lower, _mm512_slli_epi16(with_signs<VALUES>(higher, word), 8));
         }
         const Z codes = j ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi16(255));
-        if (VALUES == FEW) return _mm512_permutexvar_epi16(codes, low);
-        if (VALUES == MANY) return _mm512_permutex2var_epi16(low, codes, high);
-        return floats(codes);
+        return VALUES == FEW ? _mm512_permutexvar_epi16(codes, low) : _mm512_permutex2var_epi16(low, codes, high);
+    }
+
+    // By code, one byte of each value; of floats without their signs.
+    template <Values VALUES> static Z bytes_of(Z codes, const Z* table) {
+        const Z first = _mm512_permutex2var_epi8(table[0], codes, table[1]);
+        if (VALUES == SIGNED) return first;
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), first, _mm512_permutex2var_epi8(table[2], codes, table[3]));
+    }
+
+    // `a | (b & 0x80)` where values are of floats.
+    template <Values VALUES> static Z with_signs(Z a, Z b) {
+        return VALUES == SIGNED ? _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8((char)0x80), 0xf8) : a;
     }
 };
 
