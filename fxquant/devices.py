@@ -25,8 +25,8 @@ class Device:
     bf16: float
     """Products per second of the library's bfloat16 matmul, weights prepacked where that is usual."""
     packed: float
-    """Products per second of a kernel that decodes weights on the way: by what multiplies bfloat16 where there is such, else
-    as float32."""
+    """Products per second of a kernel that decodes weights on the way: as bfloat16 where there are instructions for it,
+    else as float32."""
     int8: float
     """Products of int8 codes per second."""
     fp8: float | None = None

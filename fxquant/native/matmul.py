@@ -51,9 +51,9 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     more than 32 rows of bfloat16, weights of up to 4 bits in blocks are rounded to bfloat16 with their scales.
 
     On processors with AVX512-BF16 and no such units, rows of bfloat16 are multiplied by pairs of columns, exactly, and
-    added up in float32: with float8, and values of 3 or 4 bits, always; of 1 or 2 bits from 5 rows on, of 5 or 6 bits from
-    2; with integers of 8 bits from 25, or 5 where fewer than 32 columns have one scale. Values of other tables count with 8
-    bits there, too.
+    added up in float32: with float8, and values of 3 or 4 bits, always; of 1 or 2 bits from 5 rows on, of 5 or 6 bits
+    from 2; with integers of 8 bits from 25, or 5 where fewer than 32 columns have one scale. Values of other tables
+    count with 8 bits there, too.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 2 for
