@@ -267,6 +267,18 @@ def test_a_row_depends_on_nothing_else(spelling: str, dtype: torch.dtype, calls:
             assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
 
 
+@pytest.mark.parametrize("spelling", ["int4-g64", "int4-g32-asym", "fp8", "int4-g128+int8", "int8-row+int8", "int6-g64+int8"])
+def test_so_many_rows_that_they_are_multiplied_in_parts(spelling: str) -> None:
+    """More than kernels take at once, and than caches hold, against the first rows and the last by themselves."""
+    scheme, n, k, rows = Scheme.parse(spelling), 70, 4096, 1300
+    planes, x = random_planes(scheme, n, k, seed=k), torch.randn(rows, k).bfloat16()
+    y = product(x, planes, scheme, n, None)
+    for some in (slice(0, 100), slice(700, 800), slice(1200, 1300)):
+        assert torch.equal(y[some], product(x[some], planes, scheme, n, None))
+    if scheme.activation is None:
+        check(y, x, decoded(planes, scheme, n, k), None)
+
+
 def test_products_of_bfloat16_are_those_that_the_cost_model_reckons_with(compiled_products: None) -> None:
     built = matmul.library()
     assert built is not None

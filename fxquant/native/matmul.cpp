@@ -20,9 +20,26 @@ template <class Kernel, class Numbers> bool multiply_in_turns(const Slots& slots
     return run_tasks(work, slots, starts.size(), spread_width(kernel.units), first.data());
 }
 
+// Some rows of x, without experts.
+Product part_of(const Product& job, int64_t from, int64_t end) {
+    Product part = job;
+    part.slots = end - from;
+    part.x = (const char*)job.x + from * job.x_stride * (job.x_codes == 1 ? 1 : job.x_type ? 2 : 4);
+    part.x_scales = job.x_codes == 1 ? job.x_scales + from * job.x_scales_stride : job.x_scales;
+    part.y = (char*)job.y + from * job.y_stride * (job.dtype ? 2 : 4);
+    return part;
+}
 
+// Without experts, no more rows of x at a time than the last cache holds beside what else is read.
 template <class Numbers> bool multiply_words(const Product& job) {
-    return multiply_in_turns<WordPanels<Numbers>>(Slots(job), Numbers(job));
+    constexpr int64_t CACHE = 8 << 20, FEWEST = 96;
+    const int64_t fit = CACHE / (Numbers(job).units * 64 / Panels::TOKENS), most = std::max(fit, FEWEST);
+    const int64_t parts = job.ids ? 1 : (job.slots + most - 1) / most;
+    for (int64_t i = 0; i < parts; i++) {
+        const Product part = job.ids ? job : part_of(job, i * job.slots / parts, (i + 1) * job.slots / parts);
+        if (!multiply_in_turns<WordPanels<Numbers>>(Slots(part), Numbers(part))) return false;
+    }
+    return true;
 }
 #endif
 
@@ -50,12 +67,7 @@ template <class Numbers> bool multiply_in_parts(const Product& job) {
     const int64_t most = fit < 8 ? MOST : std::min(fit, MOST), times = (turns + most - 1) / most;
     for (int64_t i = 0; i < times; i++) {
         const int64_t from = i * turns / times * TURN, end = std::min((i + 1) * turns / times * TURN, job.slots);
-        Product part = job;
-        part.slots = end - from;
-        part.x = (const char*)job.x + from * job.x_stride * (job.x_codes == 1 ? 1 : job.x_type ? 2 : 4);
-        part.x_scales = job.x_codes == 1 ? job.x_scales + from * job.x_scales_stride : job.x_scales;
-        part.y = (char*)job.y + from * job.y_stride * (job.dtype ? 2 : 4);
-        if (!multiply_tiles<Numbers>(part)) return false;
+        if (!multiply_tiles<Numbers>(part_of(job, from, end))) return false;
     }
     return true;
 }
