@@ -267,7 +267,9 @@ def test_a_row_depends_on_nothing_else(spelling: str, dtype: torch.dtype, calls:
             assert torch.equal(product(x[:rows], planes, scheme, 33, bias), whole[:rows])
 
 
-@pytest.mark.parametrize("spelling", ["int4-g64", "int4-g32-asym", "fp8", "int4-g128+int8", "int8-row+int8", "int6-g64+int8"])
+@pytest.mark.parametrize(
+    "spelling", ["int4-g64", "int4-g32-asym", "fp8", "int4-g128+int8", "int8-row+int8", "int6-g64+int8"]
+)
 def test_so_many_rows_that_they_are_multiplied_in_parts(spelling: str) -> None:
     """More than kernels take at once, and than caches hold, against the first rows and the last by themselves."""
     scheme, n, k, rows = Scheme.parse(spelling), 70, 4096, 1300
