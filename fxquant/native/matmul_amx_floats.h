@@ -50,12 +50,6 @@ struct AmxFloats : Panels {
         places = _mm512_loadu_si512(place), shifts = _mm512_loadu_si512(shift);
     }
 
-    static int64_t step_of(const Product& job) {
-        int64_t step = PANEL;
-        while (job.block < job.columns && job.block % step) step /= 2;
-        return step;
-    }
-
     // With many rows of x it takes longer to bring sums and scales together than to round weights.
     static bool rounds(const Product& job) {
         const bool in_blocks = job.block < job.columns && (job.bits == 4 || (job.bits < 4 && step_of(job) >= CHUNK));
@@ -93,9 +87,6 @@ struct AmxFloats : Panels {
         const int words = fine < CHUNK ? 4 : 8, first = lane / (4 * words) * 4 * words;
         return first + lane % words * 4 + lane / words % 4;
     }
-
-    // 32 floats in bfloat16.
-    static Z rounded_pair(F low, F high) { return (Z)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
     void make_tables() {
         const int patterns = std::max(1 << job.bits, LANES);

@@ -103,8 +103,6 @@ template <int DIGITS> struct Codes : Panels {
             });
     }
 
-    Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
-
     // What sums of digits stand for.
     static F value(const Z* sums) {
         if constexpr (DIGITS == 1) return (F)_mm512_cvtepi32_ps(*sums);
@@ -243,7 +241,7 @@ template <int DIGITS> struct Codes : Panels {
         Ahead ahead(task, scratch, PANEL, turns);
         for (int64_t panel = 0; panel < inputs.panels; panel++) {
             ahead.to_panel(panel);
-            decode(panel, scratch, ahead);
+            decode_bytes(panel, scratch, (Z*)scratch.panel.data, ahead);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
                 with_constant<TURN>(b - a, [&](auto tokens) { multiply<tokens, NIBBLES>(panel, xs + a, a, scratch, ahead); });
@@ -330,30 +328,6 @@ template <int DIGITS> struct Codes : Panels {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) add_products(sums[v], weights[place * VECTORS + v], own);
         }
-    }
-
-    // Rows of a weight in a panel: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16 rows.
-    void decode(int64_t panel, Scratch& scratch, Ahead& ahead) const {
-        const Z low = _mm512_set1_epi8(15), flip = this->flip();
-        for (int v = 0; v < VECTORS; v++)
-            for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
-                Z words[16];
-                read_words(scratch, v, panel * PANEL + half * 64, words);
-                Z* const to = (Z*)scratch.panel.data + v + half * 16 * VECTORS;
-                const auto each = [&](auto&& put) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++) {
-                        if (half == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
-                        put(i);
-                    }
-                };
-                if (job.bits == 4)
-                    each([&](int i) {
-                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
-                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
-                    });
-                else each([&](int i) { to[i * VECTORS] = _mm512_xor_si512(words[i], flip); });
-            }
     }
 };
 

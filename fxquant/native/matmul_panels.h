@@ -29,6 +29,11 @@ inline void transpose(Z (&v)[16]) {
     for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
+#ifdef __AVX512BF16__
+// 32 floats in bfloat16.
+inline Z rounded_pair(F low, F high) { return (Z)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+#endif
+
 struct Panels {
     static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = 6;
     static constexpr int64_t BATCH = 192; // rows of x for which a panel is decoded once
@@ -42,16 +47,22 @@ struct Panels {
 
     struct Scratch {
         Buffer<float> scales, offsets; // by row
-        Buffer<float> scales_by_block, offsets_by_block, totals;
-        Buffer<float> sums; // of a turn
+        Buffer<float> scales_by_block, offsets_by_block, totals, sums; // the last of a turn
         Buffer<uint8_t> bytes, words, panel;
         const uint8_t* codes[AT_ONCE]; // of every row
 
         explicit Scratch(int64_t room, int64_t batch = BATCH)
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
-              offsets_by_block(AT_ONCE * room), totals(batch * AT_ONCE), sums(TOKENS * AT_ONCE), bytes(EACH * room + 128), words(AT_ONCE * 64),
-              panel(AT_ONCE * 64 * sizeof(float)) {}
+              offsets_by_block(AT_ONCE * room), totals(batch * AT_ONCE), sums(TOKENS * AT_ONCE), bytes(EACH * room + 128),
+              words(AT_ONCE * 64), panel(AT_ONCE * 64 * sizeof(float)) {}
     };
+
+    // Columns of a panel of 128 whose sums have one scale.
+    static int64_t step_of(const Product& job) {
+        int64_t step = 128;
+        while (job.block < job.columns && job.block % step) step /= 2;
+        return step;
+    }
 
     // The numbers of all rows, `[rows, room]`.
     void load_numbers(const Task& task, Scratch& scratch) const {
@@ -139,7 +150,7 @@ struct Panels {
 
         const uint8_t *const start, *next, *due;
         const int64_t bytes, each; // of a panel, and of a time
-        const int64_t some, asks;  // the same in whole lines, and how many times that are in a turn
+        const int64_t some, asks;  // the same in whole lines, and how often these are due in a turn
 
         Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns)
             : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), due(start),
@@ -152,6 +163,34 @@ struct Panels {
             for (due += each; next < due; next += 64) __builtin_prefetch(next, 0, 2);
         }
     };
+
+    // Integers of a panel of 128 columns as bytes: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16
+    // rows.
+    void decode_bytes(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
+        const Z low = _mm512_set1_epi8(15), flip = this->flip();
+        for (int v = 0; v < VECTORS; v++)
+            for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
+                Z words[16];
+                read_words(scratch, v, panel * 128 + half * 64, words);
+                Z* const to = to_panel + v + half * 16 * VECTORS;
+                const auto each = [&](auto&& put) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < 16; i++) {
+                        if (half == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
+                        put(i);
+                    }
+                };
+                if (job.bits == 4)
+                    each([&](int i) {
+                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
+                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
+                    });
+                else each([&](int i) { to[i * VECTORS] = _mm512_xor_si512(words[i], flip); });
+            }
+    }
+
+    // What makes bytes of signed integers unsigned.
+    Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
 
   private:
     void load_numbers(const Task& task, const Level& level, float* to, Scratch& scratch) const {

@@ -221,6 +221,41 @@ struct Strips {
     }
 };
 
+// Strips that `Derived` multiplies with up to MOST rows of x at once, whose strips are `Lanes`.
+template <class Derived, class Lanes, int MOST> struct StripsOf : Strips {
+    static constexpr int ROWS_OF_X = MOST;
+    static constexpr int64_t UNITS_OF_STRIP = sizeof(Lanes) / sizeof(F);
+
+    explicit StripsOf(const Product& j) : Strips(j, UNITS_OF_STRIP) {}
+
+    void run(const Task& task, Scratch& scratch) const {
+        load_numbers(task, scratch);
+        in_turns<ROWS_OF_X>(task.count, [&](int64_t first, auto m) {
+            if (scaled == Scaled::ROWS) return multiply<m, Scaled::ROWS, false>(task, first, scratch);
+            with_flag(job.zero, [&](auto zero) {
+                if (scaled == Scaled::STRIPS) multiply<m, Scaled::STRIPS, zero>(task, first, scratch);
+                else multiply<m, Scaled::PARTS, zero>(task, first, scratch);
+            });
+        });
+    }
+
+    template <int M, Scaled SCALED, bool ZERO> void multiply(const Task& task, int64_t first, const Scratch& scratch) const {
+        const Lanes* xs[M];
+        float found[M][AT_ONCE];
+        for (int m = 0; m < M; m++) xs[m] = (const Lanes*)task.x_row(first + m);
+        for (int64_t row = 0; row < task.each; row++) {
+            F sums[M][ROWS];
+            const float *const scales = scratch.scales.data + row * room, *const offsets = scratch.offsets.data + row * room;
+            ((const Derived*)this)->template add_up<M, SCALED, ZERO>(task, row, xs, scales, offsets, sums);
+            for (int m = 0; m < M; m++) sum_rows(sums[m], found[m] + row, EACH);
+        }
+        for (int m = 0; m < M; m++) {
+            for (int64_t i = 0; SCALED == Scaled::ROWS && i < AT_ONCE; i++) found[m][i] *= scratch.scales.data[i * room];
+            task.put(first + m, found[m]);
+        }
+    }
+};
+
 } // namespace
 
 #endif

@@ -6,24 +6,24 @@
 
 namespace {
 
-struct DigitStrips : Strips {
-    static constexpr int ROWS_OF_X = 2; // at once
-    static constexpr int DIGITS = 3;    // as in `matmul_inputs.h`, but the lanes of a strip have powers of two of their own
+// A row of x in a strip: digits, of even columns and of odd ones; of every lane the power of two that its floats are
+// multiples of, their sum, and that times the integer that the code 0 stands for.
+struct alignas(64) DigitLanes {
+    static constexpr int DIGITS = 3; // as in `matmul_inputs.h`, but the lanes of a strip have powers of two of their own
+    Z digits[DIGITS][2];
+    F scales, sums;
+    Z starts;
+};
 
-    // A row of x in a strip: digits, of even columns and of odd ones; of every lane the power of two that its floats are
-    // multiples of, their sum, and that times the integer that the code 0 stands for.
-    struct alignas(64) Lanes {
-        Z digits[DIGITS][2];
-        F scales, sums;
-        Z starts;
-    };
-    static constexpr int64_t UNITS_OF_STRIP = sizeof(Lanes) / sizeof(F);
+struct DigitStrips : StripsOf<DigitStrips, DigitLanes, 2> {
+    using Lanes = DigitLanes;
+    static constexpr int DIGITS = Lanes::DIGITS;
 
     static bool takes(const Product& job) {
         return job.bits == 4 && job.kind == 0 && job.x_type != 0 && (is_whole(job) || WIDTH % job.block == 0);
     }
 
-    explicit DigitStrips(const Product& j) : Strips(j, UNITS_OF_STRIP) {}
+    explicit DigitStrips(const Product& j) : StripsOf(j) {}
 
     // False where floats are not to be had as whole numbers.
     bool spread(int64_t row, float* to) const {
@@ -35,18 +35,6 @@ struct DigitStrips : Strips {
         return true;
     }
 
-    void run(const Task& task, Scratch& scratch) const {
-        load_numbers(task, scratch);
-        in_turns<ROWS_OF_X>(task.count, [&](int64_t first, auto m) {
-            if (scaled == Scaled::ROWS) return multiply<m, Scaled::ROWS, false>(task, first, scratch);
-            with_flag(job.zero, [&](auto zero) {
-                if (scaled == Scaled::STRIPS) multiply<m, Scaled::STRIPS, zero>(task, first, scratch);
-                else multiply<m, Scaled::PARTS, zero>(task, first, scratch);
-            });
-        });
-    }
-
-  private:
     // The columns of a lane are whole numbers times a power of two, by which the largest gets 23 or 24 bits with its sign.
     bool take_apart(const F (&x)[UNITS], Lanes& to) const {
         Z top{};
@@ -79,21 +67,6 @@ struct DigitStrips : Strips {
         to.sums = (F)_mm512_cvtepi32_ps(sum);
         to.starts = _mm512_mullo_epi32(sum, _mm512_set1_epi32(job.low));
         return true;
-    }
-
-    template <int M, Scaled SCALED, bool ZERO> void multiply(const Task& task, int64_t first, const Scratch& scratch) const {
-        const Lanes* xs[M];
-        float found[M][AT_ONCE];
-        for (int m = 0; m < M; m++) xs[m] = (const Lanes*)task.x_row(first + m);
-        for (int64_t row = 0; row < task.each; row++) {
-            F sums[M][ROWS];
-            add_up<M, SCALED, ZERO>(task, row, xs, scratch.scales.data + row * room, scratch.offsets.data + row * room, sums);
-            for (int m = 0; m < M; m++) sum_rows(sums[m], found[m] + row, EACH);
-        }
-        for (int m = 0; m < M; m++) {
-            for (int64_t i = 0; SCALED == Scaled::ROWS && i < AT_ONCE; i++) found[m][i] *= scratch.scales.data[i * room];
-            task.put(first + m, found[m]);
-        }
     }
 
     // Rows of x with ROWS of the weight, one of each stream.

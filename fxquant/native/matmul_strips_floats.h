@@ -6,15 +6,14 @@
 
 namespace {
 
-struct FloatStrips : Strips {
-    static constexpr int ROWS_OF_X = 4; // at once
+// A row of x in a strip; of every lane the sum of its columns.
+struct alignas(64) FloatLanes {
+    Z words[Strips::UNITS / 2];
+    F sums;
+};
 
-    // A row of x in a strip; of every lane the sum of its columns.
-    struct alignas(64) Lanes {
-        Z words[UNITS / 2];
-        F sums;
-    };
-    static constexpr int64_t UNITS_OF_STRIP = sizeof(Lanes) / sizeof(F);
+struct FloatStrips : StripsOf<FloatStrips, FloatLanes, 4> {
+    using Lanes = FloatLanes;
 
     const Z table; // of values
 
@@ -22,7 +21,7 @@ struct FloatStrips : Strips {
         return job.bits == 4 && job.x_type == 1 && (is_whole(job) || WIDTH % job.block == 0);
     }
 
-    explicit FloatStrips(const Product& j) : Strips(j, UNITS_OF_STRIP), table(rounded_pair(values, values)) {}
+    explicit FloatStrips(const Product& j) : StripsOf(j), table(rounded_pair(values, values)) {}
 
     // False where products would be zeros that are none, or infinite.
     bool spread(int64_t row, float* to) const {
@@ -41,33 +40,6 @@ struct FloatStrips : Strips {
             if (!are_moderate(top)) return false;
         }
         return true;
-    }
-
-    void run(const Task& task, Scratch& scratch) const {
-        load_numbers(task, scratch);
-        in_turns<ROWS_OF_X>(task.count, [&](int64_t first, auto m) {
-            if (scaled == Scaled::ROWS) return multiply<m, Scaled::ROWS, false>(task, first, scratch);
-            with_flag(job.zero, [&](auto zero) {
-                if (scaled == Scaled::STRIPS) multiply<m, Scaled::STRIPS, zero>(task, first, scratch);
-                else multiply<m, Scaled::PARTS, zero>(task, first, scratch);
-            });
-        });
-    }
-
-  private:
-    template <int M, Scaled SCALED, bool ZERO> void multiply(const Task& task, int64_t first, const Scratch& scratch) const {
-        const Lanes* xs[M];
-        float found[M][AT_ONCE];
-        for (int m = 0; m < M; m++) xs[m] = (const Lanes*)task.x_row(first + m);
-        for (int64_t row = 0; row < task.each; row++) {
-            F sums[M][ROWS];
-            add_up<M, SCALED, ZERO>(task, row, xs, scratch.scales.data + row * room, scratch.offsets.data + row * room, sums);
-            for (int m = 0; m < M; m++) sum_rows(sums[m], found[m] + row, EACH);
-        }
-        for (int m = 0; m < M; m++) {
-            for (int64_t i = 0; SCALED == Scaled::ROWS && i < AT_ONCE; i++) found[m][i] *= scratch.scales.data[i * room];
-            task.put(first + m, found[m]);
-        }
     }
 
     // Rows of x with ROWS of the weight, one of each stream.

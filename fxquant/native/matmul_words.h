@@ -75,7 +75,7 @@ template <class Numbers> struct WordPanels {
 
     void batch(const Task& task, const Turn* turns, int64_t count, Scratch& scratch) const {
         const auto totals = [&](const Turn& turn) { return scratch.totals.data + (turn.first - turns->first) * AT_ONCE; };
-        memset(scratch.totals.data, 0, (turns[count - 1].first + turns[count - 1].count - turns->first) * AT_ONCE * sizeof(float));
+        std::fill(totals(turns[0]), totals(turns[count - 1]) + turns[count - 1].count * AT_ONCE, 0.0f);
         Ahead ahead(task, scratch, PANEL * TOGETHER, count);
         for (int64_t panel = 0; panel < numbers.panels; panel += TOGETHER) {
             const int64_t end = std::min(panel + TOGETHER, numbers.panels);
@@ -115,13 +115,14 @@ template <class Numbers> struct WordPanels {
             });
             for (int64_t left = words_of_step; left > 0; left -= 2) {
                 if (asks-- > 0)
-                    for (const uint8_t* const end = next + ahead.some; next < end; next += 64) __builtin_prefetch(next, 0, 2);
+                    for (const uint8_t* const stop = next + ahead.some; next < stop; next += 64)
+                        __builtin_prefetch(next, 0, 2);
                 each<2>([&](auto second) __attribute__((always_inline)) {
                     Z w[VECTORS];
                     each<VECTORS>([&](auto v) __attribute__((always_inline)) { w[v] = weights[second * VECTORS + v]; });
                     each<T>([&](auto t) __attribute__((always_inline)) {
                         const Z own = word_in_order(words + second * TURN + t);
-                        each<VECTORS>([&](auto v) __attribute__((always_inline)) { 
+                        each<VECTORS>([&](auto v) __attribute__((always_inline)) {
                             Z sum = sums[t][v]; // what is written to while it is part of an array keeps that in memory
                             Numbers::add(sum, w[v], own);
                             sums[t][v] = sum;

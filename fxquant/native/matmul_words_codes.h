@@ -81,27 +81,8 @@ struct CodeWords : Panels {
         }
     }
 
-    void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        const Z low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0);
-        for (int v = 0; v < VECTORS; v++)
-            for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
-                Z words[16];
-                read_words(scratch, v, panel * PANEL + half * 64, words);
-                Z* const to = to_panel + half * WORDS / 2 * VECTORS + v;
-                const auto each = [&](auto&& put) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++) {
-                        if (half == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
-                        put(i);
-                    }
-                };
-                if (job.bits == 4)
-                    each([&](int i) {
-                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
-                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
-                    });
-                else each([&](int i) { to[i * VECTORS] = _mm512_xor_si512(words[i], flip); });
-            }
+    void decode(int64_t panel, const Scratch& scratch, Z* to, Ahead& ahead) const {
+        decode_bytes(panel, scratch, to, ahead);
     }
 };
 

@@ -8,11 +8,8 @@
 
 namespace {
 
-// 32 floats in bfloat16.
-inline Z rounded_pair(F low, F high) { return (Z)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-// Whether bfloat16 with these magnitudes, as bits, are multiplied as they should be: products of what is smaller than 2^-126,
-// or their sums, become zeros, so that it has to be small beside the largest; and no number is infinite.
+// Whether bfloat16 with these magnitudes, as bits, are multiplied as they should be: products of what is smaller than
+// 2^-126, or their sums, become zeros, so that it has to be small beside the largest; and no number is infinite.
 inline bool are_moderate(Z magnitudes) {
     const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_slli_epi32(magnitudes, 16), magnitudes));
     if (largest < 1 << 16) return true; // zeros; below there is another's half
@@ -21,16 +18,15 @@ inline bool are_moderate(Z magnitudes) {
 
 struct FloatWords : Panels {
     static constexpr int64_t PANEL = 128, WORDS = PANEL / 2; // columns, and words of them
-    static constexpr int QUARTERS = 4;
-
-    static constexpr int64_t TOGETHER = 1; // panels
+    static constexpr int QUARTERS = 4;                       // of a panel, as its codes are read
+    static constexpr int64_t TOGETHER = 1;                   // panels
+    static constexpr bool ADDS_OFFSETS = true;               // to sums of a step, times the sum of x
 
     const int64_t panels;
     const int64_t step, per; // columns whose sums meet a scale, and how many such steps a panel has
     const int64_t stride;    // bytes of a panel of a turn: words; where there are offsets, of every step the sums of x
     const int64_t units;     // of a turn
-    static constexpr bool ADDS_OFFSETS = true; // times the sum of x
-    const bool plain;        // there are none
+    const bool plain;        // there are no offsets
     Z low, high;             // of up to 64 values, in bfloat16
     Z bytes[2][4];           // of 256: their lower bytes, and their higher ones
 
@@ -57,16 +53,9 @@ struct FloatWords : Panels {
         return job.low ? (int8_t)code : code;
     }
 
-    static bool takes(const Product& job) { return job.x_type == 1 && !job.x_codes; }
-
-    static int64_t step_of(const Product& job) {
-        int64_t step = PANEL;
-        while (job.block < job.columns && job.block % step) step /= 2;
-        return step;
-    }
-
-    // False where products would be zeros that are none, or infinite. Rows of x, in the order in which codes come out of words of a row: of 4 bits, of every 8 columns the first and the
+    // Rows of x, in the order in which codes come out of words of a row: of 4 bits, of every 8 columns the first and the
     // fifth, the second and the sixth, and so on; of others, of every 4 the first and the third, the second and the fourth.
+    // False where products would be zeros that are none, or infinite.
     bool spread(const int64_t* slots, int64_t count, float* to) const {
         const Z by_4 = repeated_bytes(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
         const Z by_2 = repeated_bytes(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -78,7 +67,8 @@ struct FloatWords : Panels {
             for (int64_t t = 0; t < count; t++) {
                 Z top{};
                 for (int64_t i = 0; i < PANEL; i += 2 * LANES) {
-                    const int64_t at = panel * PANEL + i, here = std::max<int64_t>(std::min<int64_t>(job.columns - at, 2 * LANES), 0);
+                    const int64_t at = panel * PANEL + i, rest = std::max<int64_t>(job.columns - at, 0);
+                    const int64_t here = std::min<int64_t>(rest, 2 * LANES);
                     const uint16_t* const from = (const uint16_t*)job.x + slots[t] / job.picks * job.x_stride + at;
                     const Z x = _mm512_maskz_loadu_epi16((__mmask32)((1ull << here) - 1), from);
                     top = _mm512_max_epu16(top, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
@@ -173,7 +163,8 @@ struct FloatWords : Panels {
     template <Values VALUES> static Z bytes_of(Z codes, const Z* table) {
         const Z first = _mm512_permutex2var_epi8(table[0], codes, table[1]);
         if (VALUES == SIGNED) return first;
-        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), first, _mm512_permutex2var_epi8(table[2], codes, table[3]));
+        const Z second = _mm512_permutex2var_epi8(table[2], codes, table[3]);
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), first, second);
     }
 
     // `a | (b & 0x80)` where values are of floats.
