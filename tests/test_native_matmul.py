@@ -231,7 +231,7 @@ def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tu
         if bits == 4 and short:
             limit = 4 if not integers else 5 if scheme.zero else 6
     elif built.fxquant_multiplies_pairs() and short:
-        limit = {2: 4, 3: 0, 4: 12, 5: 1, 6: 1}.get(bits, 24 if integers else 0)
+        limit = {2: 4, 3: 0, 4: 12, 5: 1, 6: 1}.get(bits, 24 if integers else 1)
     return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]
 
 
@@ -288,10 +288,13 @@ def test_products_of_bfloat16_are_those_that_the_cost_model_reckons_with(compile
 
 
 def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
-    """Whether matrix units round weights of 2 to 4 bits with the scales of their blocks."""
-    built, columns = matmul.library(), scheme.block.columns or 0
-    blocks = scheme.spec.bits <= 4 and columns > 0 and (scheme.spec.bits == 4 or columns % 32 == 0)
-    return bool(built and built.fxquant_has_matrix_units() and dtype == torch.bfloat16 and rows > 32 and blocks)
+    """Whether weights of up to 4 bits are rounded with the scales of their blocks: by matrix units, or by pairs."""
+    built, columns, bits = matmul.library(), scheme.block.columns or 0, scheme.spec.bits
+    if built is None or dtype != torch.bfloat16 or rows <= 32 or columns == 0:
+        return False
+    if built.fxquant_has_matrix_units():
+        return bits == 4 or (bits < 4 and columns % 32 == 0)
+    return bool(built.fxquant_multiplies_pairs()) and bits == 4 and (scheme.zero != "none" or columns % 128 != 0)
 
 
 INTEGERS = (

@@ -91,7 +91,7 @@ int64_t fewest_for_digits(const Product& job) {
 int64_t fewest_for_words(const Product& job) {
     if (FloatStrips::takes(job)) return 3 * FloatStrips::ROWS_OF_X;
     if (job.bits == 8 && !job.kind) return Inputs<3>::step_of(job) < 32 ? 4 : 24;
-    if (job.bits == 3 || job.bits == 4 || job.bits == 8) return 0;
+    if (job.bits == 3 || job.bits == 4) return 0;
     return job.bits < 3 ? 4 : 1;
 }
 #endif

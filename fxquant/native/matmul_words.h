@@ -23,7 +23,11 @@ template <class Numbers> struct WordPanels {
     using Ahead = Panels::Ahead;
 
     struct Scratch : Panels::Scratch {
-        explicit Scratch(int64_t room) : Panels::Scratch(room, BATCH) {}
+        Buffer<float> ones; // the scales of what has met its own
+
+        explicit Scratch(int64_t room) : Panels::Scratch(room, BATCH), ones(AT_ONCE) {
+            std::fill_n(ones.data, AT_ONCE, 1.0f);
+        }
     };
 
     const Numbers& numbers;
@@ -38,7 +42,7 @@ template <class Numbers> struct WordPanels {
 
     static std::vector<int64_t> places_of(const Numbers& numbers) {
         std::vector<int64_t> found(numbers.panels * numbers.per);
-        for (int64_t i = 0; i < (int64_t)found.size(); i++)
+        for (int64_t i = 0; !numbers.rounded && i < (int64_t)found.size(); i++)
             found[i] = std::min(i * numbers.step / numbers.job.block, numbers.blocks - 1) * AT_ONCE;
         return found;
     }
@@ -133,7 +137,7 @@ template <class Numbers> struct WordPanels {
             }
             asm volatile("" : "+r"(totals)); // read again in every step: there are no registers to keep them in
             const int64_t block = first_of_block[i];
-            const float* const scales = scratch.scales_by_block.data + block;
+            const float* const scales = (numbers.rounded ? scratch.ones.data : scratch.scales_by_block.data) + block;
             const float* const offsets = scratch.offsets_by_block.data + block;
             const auto settle = [&](auto with_offsets) __attribute__((always_inline)) {
                 each<T>([&](auto t) __attribute__((always_inline)) {

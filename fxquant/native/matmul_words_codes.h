@@ -14,6 +14,7 @@ struct CodeWords : Panels {
     const int64_t panels, step, per; // as there
     const int64_t stride;            // bytes of a panel of a turn: words, and numbers of every step
     const int64_t units;             // of a turn
+    static constexpr bool rounded = false;      // weights are not, with their scales
     static constexpr bool ADDS_OFFSETS = false; // to sums, as they are: `settle` does
     const bool plain;                // sums meet scales of the weight and nothing else
 

@@ -1,5 +1,6 @@
 // Products of bfloat16 with bfloat16, two columns at a time (AVX512-BF16), where there are no matrix units: x is that, and
-// so are integers and small floats as they are; values of other tables are rounded to it. Sums are in float32.
+// so are integers and small floats as they are; values of other tables are rounded to it. Sums are in float32. With many
+// rows weights of 4 bits meet scales of short blocks, and offsets, before, and are rounded.
 
 #if defined(__AVX512BF16__) && defined(FXQUANT_BYTES) && defined(FXQUANT_CODES)
 #define FXQUANT_BFLOAT16
@@ -22,7 +23,10 @@ struct FloatWords : Panels {
     static constexpr int64_t TOGETHER = 1;                   // panels
     static constexpr bool ADDS_OFFSETS = true;               // to sums of a step, times the sum of x
 
+    static constexpr int64_t FEW_ROWS = 32;                  // of x, with which weights are not rounded
+
     const int64_t panels;
+    const bool rounded;      // weights are, with their scales
     const int64_t step, per; // columns whose sums meet a scale, and how many such steps a panel has
     const int64_t stride;    // bytes of a panel of a turn: words; where there are offsets, of every step the sums of x
     const int64_t units;     // of a turn
@@ -31,8 +35,9 @@ struct FloatWords : Panels {
     Z bytes[2][4];           // of 256: their lower bytes, and their higher ones
 
     explicit FloatWords(const Product& j)
-        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), step(step_of(j)), per(PANEL / step),
-          stride((WORDS + (j.zero ? per : 0)) * TOKENS * 4), units((panels * stride + 63) / 64), plain(j.zero == 0) {
+        : Panels(j), panels((j.columns + PANEL - 1) / PANEL), rounded(rounds(j)), step(rounded ? PANEL : step_of(j)),
+          per(PANEL / step), stride((WORDS + (rounded || !j.zero ? 0 : per)) * TOKENS * 4),
+          units((panels * stride + 63) / 64), plain(rounded || !j.zero) {
         uint16_t all[256];
         for (int i = 0; i < 256; i += 2 * LANES) {
             float of[2 * LANES];
@@ -45,6 +50,12 @@ struct FloatWords : Panels {
             for (int i = 0; i < 64; i++) of[0][i] = all[64 * part + i] & 255, of[1][i] = all[64 * part + i] >> 8;
             for (int half = 0; half < 2; half++) bytes[half][part] = _mm512_loadu_si512(of[half]);
         }
+    }
+
+    // With many rows of x it takes longer to bring sums and scales together than to round weights.
+    static bool rounds(const Product& job) {
+        const bool in_blocks = job.bits == 4 && job.block < job.columns && (job.zero || step_of(job) < PANEL);
+        return in_blocks && job.slots > FEW_ROWS * job.experts;
     }
 
     // What a code stands for, and again and again.
@@ -63,7 +74,7 @@ struct FloatWords : Panels {
         for (int64_t panel = 0; panel < panels; panel++) {
             uint32_t* const words = (uint32_t*)((char*)to + panel * stride);
             float* const sums = (float*)(words + WORDS * TOKENS);
-            if (job.zero) std::fill_n(sums, per * TOKENS, 0.0f);
+            if (!plain) std::fill_n(sums, per * TOKENS, 0.0f);
             for (int64_t t = 0; t < count; t++) {
                 Z top{};
                 for (int64_t i = 0; i < PANEL; i += 2 * LANES) {
@@ -75,7 +86,7 @@ struct FloatWords : Panels {
                     alignas(64) uint32_t found[LANES];
                     _mm512_store_si512(found, _mm512_shuffle_epi8(x, places));
                     for (int64_t w = 0; w < LANES; w++) words[(i / 2 + w) * TOKENS + t] = found[w];
-                    for (int half = 0; job.zero && half < 2; half++)
+                    for (int half = 0; !plain && half < 2; half++)
                         sums[(i + half * LANES) / step * TOKENS + t] += sum(half_of(x, half));
                 }
                 if (!are_moderate(top)) return false;
@@ -110,7 +121,7 @@ struct FloatWords : Panels {
 
     // Zeros become offsets behind scales.
     void prepare(Scratch& scratch) const {
-        for (int64_t i = 0; job.zero == 1 && i < blocks * AT_ONCE; i += LANES)
+        for (int64_t i = 0; job.zero == 1 && !rounded && i < blocks * AT_ONCE; i += LANES)
             store(scratch.offsets_by_block.data + i,
                   -load(scratch.offsets_by_block.data + i) * load(scratch.scales_by_block.data + i));
     }
@@ -122,7 +133,9 @@ struct FloatWords : Panels {
     enum Values { NIBBLES, FEW, SOME, MANY, SIGNED };
 
     void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        if (job.bits == 4) decode<NIBBLES>(panel, scratch, to_panel, ahead);
+        if (rounded)
+            with_constant<3>(job.zero + 1, [&](auto n) { decode_rounded<n - 1>(panel, scratch, to_panel, ahead); });
+        else if (job.bits == 4) decode<NIBBLES>(panel, scratch, to_panel, ahead);
         else if (job.bits < 6) decode<FEW>(panel, scratch, to_panel, ahead);
         else if (job.bits == 6) decode<SOME>(panel, scratch, to_panel, ahead);
         else if (job.kind) decode<SIGNED>(panel, scratch, to_panel, ahead);
@@ -144,6 +157,33 @@ struct FloatWords : Panels {
                     for (int j = 0; j < PER; j++) to[(i * PER + j) * VECTORS] = values<VALUES>(words[i], j);
                 }
             }
+    }
+
+    // The same, 8 weights of each row from a word.
+    template <int ZERO>
+    __attribute__((noinline)) void decode_rounded(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
+        const F of_codes = load(job.values);
+        const Z numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const Z in_turn = _mm512_or_si512(numbers, _mm512_slli_epi32(_mm512_add_epi32(numbers, _mm512_set1_epi32(16)), 16));
+        for (int v = 0; v < VECTORS; v++) {
+            Z words[16];
+            read_words(scratch, v, panel * PANEL, words);
+            for (int i = 0; i < 16; i++) {
+                if (i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
+                const int64_t block = std::min((panel * PANEL + 8 * i) / job.block, blocks - 1) * AT_ONCE + v * LANES;
+                const F scale = load(scratch.scales_by_block.data + block);
+                const F offset = ZERO ? load(scratch.offsets_by_block.data + block) : F{};
+                const auto weight = [&](int j) __attribute__((always_inline)) {
+                    const F value = look_up_low(of_codes, (U)words[i] >> (uint32_t)(4 * j));
+                    if (ZERO == 0) return value * scale;
+                    return ZERO == 1 ? (value - offset) * scale : multiply_add(value, scale, offset);
+                };
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    to_panel[(4 * i + j) * VECTORS + v] =
+                        _mm512_permutexvar_epi16(in_turn, rounded_pair(weight(j), weight(j + 4)));
+            }
+        }
     }
 
     // Two values of each row: of 4 bits, those that are j and j + 4 in words, of bytes j and j + 2.
