@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -221,18 +222,18 @@ FEW, MORE = (1, 2), (3, 4, 5, 7, 15, 16, 40, 200)
 
 
 def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Those of `calls` that are not multiplied as bfloat16, and those that are, in one way or another."""
+    """`calls` by how their rows are multiplied, which is the same bits in each: few rows, and more."""
     built = matmul.library()
     assert built is not None
     bits, integers, short = scheme.spec.bits, scheme.spec.kind == "int", dtype == torch.bfloat16
-    limit = 1 << 40
+    limits = [0, 1 << 40]
     if built.fxquant_has_matrix_units():
-        limit = {4: 8, 8: 12 if integers else 4}.get(bits, 4)
+        limits[1:] = [{4: 8, 8: 12 if integers else 4}.get(bits, 4), 1 << 40]
         if bits == 4 and short:
-            limit = 4 if not integers else 5 if scheme.zero else 6
+            limits[1] = 4 if not integers else 6 if scheme.zero == "none" else 5
     elif built.fxquant_multiplies_pairs() and short:
-        limit = {2: 4, 3: 0, 4: 12, 5: 1, 6: 1}.get(bits, 24 if integers else 1)
-    return [tuple(c for c in calls if c <= limit), tuple(c for c in calls if c > limit)]
+        limits[1:] = [4, 24, 1 << 40] if bits == 8 and integers else [12 if bits in (4, 8) else 8, 1 << 40]
+    return [tuple(c for c in calls if least < c <= most) for least, most in pairwise(limits)]
 
 
 @pytest.mark.parametrize(
@@ -531,6 +532,7 @@ def test_without_a_compiler_there_is_one_warning_and_plain_torch(monkeypatch: py
             assert native.linear(x, planes, scheme, 512, None) is None
     finally:
         matmul.library.cache_clear()
+        library.library.cache_clear()  # which plain torch asked for
     check(y, x, decoded(planes, scheme, 512, 512), None)
 
 

@@ -86,13 +86,27 @@ int64_t fewest_for_digits(const Product& job) {
 #endif
 
 #ifdef FXQUANT_BFLOAT16
-// The rows of bfloat16, or fewer, with which other kernels are faster than words of pairs of them: what it takes to decode
-// a panel is paid by all rows of x.
-int64_t fewest_for_words(const Product& job) {
-    if (FloatStrips::takes(job)) return 3 * FloatStrips::ROWS_OF_X;
-    if (job.bits == 8 && !job.kind) return Inputs<3>::step_of(job) < 32 ? 4 : 24;
-    if (job.bits == 3 || job.bits == 4) return 0;
-    return job.bits < 3 ? 4 : 1;
+// Integers of 8 bits that some rows of bfloat16 are multiplied with as whole numbers, since that takes fewer steps than to
+// look up values.
+bool are_for_digits(const Product& job) { return job.bits == 8 && !job.kind && Inputs<3>::step_of(job) >= 32; }
+
+// The most rows of bfloat16 with which strips are faster than panels, for which the weight is decoded once for all rows.
+int64_t most_for_strips(const Product& job) {
+    if (are_for_digits(job)) return fewest_for_digits(job);
+    return job.bits == 4 || job.bits == 8 ? 12 : 8;
+}
+
+// The rows of bfloat16, or fewer, with which words are slower than what there is, where strips are not for the weight.
+int64_t fewest_for_words(const Product& job) { return are_for_digits(job) ? 24 : 4; }
+
+// False, and nothing is written, where rows of x or blocks of the weight are not for strips.
+bool multiply_strips(const Product& job) {
+    bool done = false;
+    with_values(job, [&](auto values) {
+        using Kernel = FloatStrips<values>;
+        done = Kernel::takes(job) && multiply<Kernel>(job);
+    });
+    return done;
 }
 #endif
 
@@ -165,9 +179,8 @@ extern "C" void fxquant_multiply(const Product* job) {
 #endif
 #ifdef FXQUANT_BFLOAT16
     if (job->x_type == 1 && fxquant_multiplies_pairs()) {
-        if (more_than(fewest_for_words(*job))) {
-            if (multiply_words<FloatWords>(*job)) return;
-        } else if (FloatStrips::takes(*job) && multiply<FloatStrips>(*job)) return;
+        if (!more_than(most_for_strips(*job)) && multiply_strips(*job)) return;
+        if (more_than(fewest_for_words(*job)) && multiply_words<FloatWords>(*job)) return;
     }
 #endif
 #ifdef FXQUANT_CODES

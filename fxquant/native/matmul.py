@@ -23,9 +23,9 @@ _SHARED = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h
 _GENERAL = (*_SHARED, "matmul_kernels.h", "matmul_general.cpp")
 _SOURCES = (
     *_SHARED,
-    *("matmul_strips.h", "matmul_inputs.h", "matmul_panels.h", "matmul_codes.h"),
+    *("matmul_inputs.h", "matmul_panels.h", "matmul_strips.h", "matmul_codes.h"),
     *("matmul_codes_single.h", "matmul_strips_digits.h"),
-    *("matmul_words_floats.h", "matmul_words_codes.h", "matmul_words.h", "matmul_strips_floats.h"),
+    *("matmul_pairs.h", "matmul_words_floats.h", "matmul_words_codes.h", "matmul_words.h", "matmul_strips_floats.h"),
     *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h"),
     *("matmul.cpp", "gated.cpp"),
 )
@@ -51,17 +51,18 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     more than 32 rows of bfloat16, weights of up to 4 bits in blocks are rounded to bfloat16 with their scales.
 
     On processors with AVX512-BF16 and no such units, rows of bfloat16 are multiplied by pairs of columns, exactly, and
-    added up in float32: with values of 3 or 4 bits always, of 1 or 2 bits from 5 rows on, of 5 or 6 bits and float8
-    from 2; with integers of 8 bits from 25, or 5 where fewer than 32 columns have one scale. Values of other tables
-    count with 8 bits there, too. With more than 32 rows, weights of 4 bits in blocks are rounded to bfloat16 with their
-    scales where they have zeros or biases, or where blocks are no multiples of 128 columns.
+    added up in float32; but from 5 to 24 rows as whole numbers, as above, with integers of 8 bits of which 32 columns
+    or more have one scale, and up to 4 rows in float32 where blocks of 64 columns, or 128 of 4 bits, do not end with
+    those of the weight. Values of other tables count with 8 bits there, too. With more than 32 rows, weights of 4 bits
+    in blocks are rounded to bfloat16 with their scales where they have zeros or biases, or where blocks are no
+    multiples of 128 columns.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 2 for
     those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 32
-    rows and from 33 on, and all calls by pairs, with values of 4 bits up to 12 rows, from 13 to 32 and from 33 on.
-    Without either, and with many rows of a dtype that the processor has no instructions for, W is decoded as a whole,
-    and the product is torch's, in float32.
+    rows and from 33 on, and all by pairs with few rows, up to 12 with values of 4 bits and float8 and up to 8 with
+    others, and all with more, up to 32 rows and from 33 on. Without either, and with many rows of a dtype that the
+    processor has no instructions for, W is decoded as a whole, and the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.

@@ -243,7 +243,7 @@ template <class Numbers> struct Amx {
 #pragma GCC unroll 4
                     for (int64_t i = first; i < end; i += AT_A_TIME) settle<KIND, TURN>(stored, i);
                 });
-                for (int64_t i = 0; i < asks; i++) ahead.ask();
+                ahead.ask(asks);
                 stored = held;
                 held = {scratch.scales_by_block.data + blocks[s], scratch.offsets_by_block.data + blocks[s],
                         numbers.of_step(x, s), totals};
@@ -263,7 +263,7 @@ template <class Numbers> struct Amx {
                 if (i == 0) go_on(v);
             };
             products<0>(0, x, scratch.tiles.data + i * Numbers::ROOM, begin, [](int64_t) {});
-            for (int64_t i = 0; i < Ahead::ASKS; i++) ahead.ask();
+            ahead.ask(Ahead::ASKS);
             x += numbers.stride;
         }
         held = totals;

@@ -89,7 +89,7 @@ struct Panels {
         Z places, shifts, mask;
         __mmask64 bytes;
 
-        Fields(int bits, int64_t count) : bytes((1ull << (count * bits + 7) / 8) - 1) {
+        Fields(int bits, int64_t count) : bytes(_bzhi_u64(~0ull, (count * bits + 7) / 8)) {
             constexpr int64_t EACH_BYTE = 0x0101010101010101, NUMBERS = 0x0706050403020100;
             alignas(64) int64_t first[8];
             for (int i = 0; i < 8; i++) first[i] = EACH_BYTE * bits * i + NUMBERS;
@@ -97,8 +97,10 @@ struct Panels {
             mask = _mm512_set1_epi8((char)((1 << bits) - 1));
         }
 
-        Z operator()(const uint8_t* from) const {
-            const Z words = _mm512_permutexvar_epi8(places, _mm512_maskz_loadu_epi8(bytes, from));
+        Z operator()(const uint8_t* from) const { return taken_apart(_mm512_maskz_loadu_epi8(bytes, from)); }
+
+        Z taken_apart(Z line) const {
+            const Z words = _mm512_permutexvar_epi8(places, line);
             return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, words), mask);
         }
 #else
@@ -159,40 +161,40 @@ struct Panels {
 
         void to_panel(int64_t panel) { next = due = start + panel * bytes; }
 
-        void ask() {
-            for (due += each; next < due; next += 64) __builtin_prefetch(next, 0, 2);
+        void ask(int64_t times = 1) {
+            for (due += times * each; next < due; next += 64) __builtin_prefetch(next, 0, LATER);
         }
     };
 
     // Integers of a panel of 128 columns as bytes: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16
     // rows.
     void decode_bytes(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        const Z low = _mm512_set1_epi8(15), flip = this->flip();
-        for (int v = 0; v < VECTORS; v++)
-            for (int half = 0; half < (job.bits == 4 ? 1 : 2); half++) {
-                Z words[16];
-                read_words(scratch, v, panel * 128 + half * 64, words);
-                Z* const to = to_panel + v + half * 16 * VECTORS;
-                const auto each = [&](auto&& put) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++) {
-                        if (half == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
-                        put(i);
-                    }
-                };
-                if (job.bits == 4)
-                    each([&](int i) {
-                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
-                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
-                    });
-                else each([&](int i) { to[i * VECTORS] = _mm512_xor_si512(words[i], flip); });
-            }
+        with_flag(job.bits == 4, [&](auto nibbles) { decode_bytes<nibbles>(panel, scratch, to_panel, ahead); });
     }
 
     // What makes bytes of signed integers unsigned.
     Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
 
   private:
+    template <bool NIBBLES>
+    __attribute__((noinline)) void decode_bytes(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
+        const Z low = _mm512_set1_epi8(15), flip = this->flip();
+        for (int v = 0; v < VECTORS; v++) {
+            ahead.ask(Ahead::PER_VECTOR);
+            for (int half = 0; half < (NIBBLES ? 1 : 2); half++) {
+                Z words[16];
+                read_words(scratch, v, panel * 128 + half * 64, words);
+                Z* const to = to_panel + v + half * 16 * VECTORS;
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++)
+                    if (NIBBLES) {
+                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
+                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
+                    } else to[i * VECTORS] = _mm512_xor_si512(words[i], flip);
+            }
+        }
+    }
+
     void load_numbers(const Task& task, const Level& level, float* to, Scratch& scratch) const {
         task.numbers(level, blocks, room, to, scratch.bytes.data);
         // Blocks that are not there meet zeros, and must not be NaN.

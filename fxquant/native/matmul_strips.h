@@ -1,7 +1,6 @@
-// Strips: 128 weights of 4 bits in a row, decoded into 8 vectors. Lane l has the 8 columns from 8 l on, which are 4
-// bytes, so that their fields are the lowest bits of words that begin a byte apart, or are 4 bits further up. Where a
-// strip has one scale, the table is scaled; where it has several, products are when it ends, in schemes without zeros.
-// A sum has 16 parts, one per lane, each in the order of the strips: other rows of x change no bit.
+// Strips: 128 weights of 4 bits in a row, or 64 of others, which are decoded in registers; lane l has the 8 columns from
+// 8 l on, or the 4 from 4 l on. A sum has 16 parts, one per lane, each in the order of the strips: other rows of x change
+// no bit.
 
 #ifdef FXQUANT_AVX512
 
@@ -22,39 +21,27 @@ inline void sum_rows(const F* v, float* to, int64_t apart) {
     for (int i = 0; i < ROWS; i++) to[i * apart] = e[4 * i];
 }
 
-// What has a scale of its own: a row, whole strips of it, or parts of strips.
-enum class Scaled { ROWS, STRIPS, PARTS };
-
-struct Strips {
-    static constexpr int FEW = 5; // rows of x at once
-    static constexpr int64_t UNITS = 8, WIDTH = UNITS * LANES, BYTES = WIDTH / 2;
+// Rows in strips of so many columns.
+template <int64_t COLUMNS> struct StripRows {
+    static constexpr int64_t WIDTH = COLUMNS, UNITS = WIDTH / LANES;
 
     const Product& job;
-    const F values;
-    const int64_t strips, units, bytes, blocks; // of a row
-    const int64_t whole; // strips with 3 bytes of the row behind them, which are read as well
-    const Scaled scaled;
-    const int64_t per, fold; // blocks of a strip; strips whose products are scaled together
-    const int64_t room;      // for numbers of a row
+    const int64_t strips, units, bytes, blocks; // of a row; the second of x
+    const bool parts;                           // of a strip have scales of their own
+    const int64_t per, fold;                    // blocks of a strip; strips whose products are scaled together
+    const int64_t room;                         // for numbers of a row
 
     static bool reads_in_streams(const Product&) { return true; }
 
-    static bool takes(const Product& job) {
-        return job.bits == 4 && (is_whole(job) || (WIDTH % job.block == 0 && job.zero == 0));
-    }
-
-    // Whether blocks end with strips.
+    // Whether blocks end with strips, and whether strips do with blocks.
     static bool is_whole(const Product& job) { return job.block >= job.columns || job.block % WIDTH == 0; }
+    static bool has_parts(const Product& job) { return WIDTH % job.block == 0; }
 
-    explicit Strips(const Product& j, int64_t units_of_strip = UNITS)
-        : job(j), values(load(j.values)), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * units_of_strip),
-          bytes((j.columns + 1) / 2), blocks((j.columns + j.block - 1) / j.block), whole((bytes - 3) / BYTES),
-          scaled(j.block < std::min(j.columns, WIDTH) ? Scaled::PARTS
-                 : j.block < j.columns || j.zero      ? Scaled::STRIPS
-                                                      : Scaled::ROWS),
-          per(scaled == Scaled::PARTS ? WIDTH / j.block : 1),
-          fold(j.block >= j.columns ? strips : std::max<int64_t>(j.block / WIDTH, 1)),
-          room(room_of(j, blocks)) {}
+    StripRows(const Product& j, int64_t units_of_strip)
+        : job(j), strips((j.columns + WIDTH - 1) / WIDTH), units(strips * units_of_strip),
+          bytes((j.columns * j.bits + 7) / 8), blocks((j.columns + j.block - 1) / j.block),
+          parts(j.block < std::min(j.columns, WIDTH)), per(parts ? WIDTH / j.block : 1),
+          fold(j.block >= j.columns ? strips : std::max<int64_t>(j.block / WIDTH, 1)), room(room_of(j, blocks)) {}
 
     struct Scratch {
         Buffer<float> scales, offsets;
@@ -64,24 +51,14 @@ struct Strips {
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), bytes(EACH * room + 128) {}
     };
 
-    // A row of x in float32: the first column of every lane, then the second, and so on; zeros behind the last one.
-    bool spread(int64_t row, float* to) const {
-        for (int64_t s = 0; s < strips; s++, to += WIDTH) {
-            F x[UNITS];
-            floats_of(row, s, x);
-            for (int j = 0; j < UNITS; j++) store(to + j * LANES, x[j]);
-        }
-        return true;
-    }
-
-    // The same of one strip.
+    // A strip of a row of x in float32: the first column of every lane, then the second, and so on; zeros behind the last.
     void floats_of(int64_t row, int64_t s, F (&to)[UNITS]) const {
         float natural[WIDTH] = {};
         for (int64_t i = 0; i < WIDTH && s * WIDTH + i < job.columns; i += LANES) {
             const int64_t at = s * WIDTH + i, count = job.columns - at < LANES ? job.columns - at : LANES;
             store(natural + i, floats(job.x, job.x_type, row * job.x_stride + at, count));
         }
-        const __m512i columns = _mm512_slli_epi32((__m512i)lane_numbers(), 3);
+        const __m512i columns = _mm512_mullo_epi32((__m512i)lane_numbers(), _mm512_set1_epi32(UNITS));
         for (int j = 0; j < UNITS; j++) to[j] = (F)_mm512_i32gather_ps(columns, natural + j, 4);
     }
 
@@ -96,15 +73,6 @@ struct Strips {
         if (job.zero) load(job.offsets, scratch.offsets.data);
     }
 
-    void run(const Task& task, Scratch& scratch) const {
-        load_numbers(task, scratch);
-        in_turns<FEW>(task.count, [&](int64_t first, auto m) {
-            if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch);
-            else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch);
-            else few<m, Scaled::PARTS>(task, first, scratch);
-        });
-    }
-
     // `function` with the first of up to MOST rows of x, and how many these are, for all of them.
     template <int MOST, class Function> static void in_turns(int64_t count, const Function& function) {
         const int64_t turns = (count + MOST - 1) / MOST;
@@ -112,6 +80,47 @@ struct Strips {
             const int64_t first = turn * count / turns, next = (turn + 1) * count / turns;
             with_constant<MOST>(next - first, [&](auto m) { function(first, m); });
         }
+    }
+};
+
+// Of 4 bits, decoded into vectors of floats. The 8 columns of a lane are 4 bytes, so that their fields are the lowest bits of
+// words that begin a byte apart, or are 4 bits further up. Where a strip has one scale, the table is scaled; where it has
+// several, products are when it ends, in schemes without zeros.
+struct Strips : StripRows<128> {
+    static constexpr int FEW = 5; // rows of x at once
+    static constexpr int64_t BYTES = WIDTH / 2;
+
+    // What has a scale of its own: a row, whole strips of it, or parts of strips.
+    enum class Scaled { ROWS, STRIPS, PARTS };
+
+    const F values;
+    const int64_t whole; // strips with 3 bytes of the row behind them, which are read as well
+    const Scaled scaled;
+
+    static bool takes(const Product& job) {
+        return job.bits == 4 && (is_whole(job) || (has_parts(job) && job.zero == 0));
+    }
+
+    explicit Strips(const Product& j)
+        : StripRows(j, UNITS), values(load(j.values)), whole((bytes - 3) / BYTES),
+          scaled(parts ? Scaled::PARTS : j.block < j.columns || j.zero ? Scaled::STRIPS : Scaled::ROWS) {}
+
+    bool spread(int64_t row, float* to) const {
+        for (int64_t s = 0; s < strips; s++, to += WIDTH) {
+            F x[UNITS];
+            floats_of(row, s, x);
+            for (int j = 0; j < UNITS; j++) store(to + j * LANES, x[j]);
+        }
+        return true;
+    }
+
+    void run(const Task& task, Scratch& scratch) const {
+        load_numbers(task, scratch);
+        in_turns<FEW>(task.count, [&](int64_t first, auto m) {
+            if (scaled == Scaled::ROWS) few<m, Scaled::ROWS>(task, first, scratch);
+            else if (scaled == Scaled::STRIPS) few<m, Scaled::STRIPS>(task, first, scratch);
+            else few<m, Scaled::PARTS>(task, first, scratch);
+        });
     }
 
     template <int M, Scaled SCALED> void few(const Task& task, int64_t first, const Scratch& scratch) const {
@@ -222,37 +231,70 @@ struct Strips {
 };
 
 // Strips that `Derived` multiplies with up to MOST rows of x at once, whose strips are `Lanes`.
-template <class Derived, class Lanes, int MOST> struct StripsOf : Strips {
+template <class Derived, class Lanes, int MOST, int64_t COLUMNS> struct StripsOf : StripRows<COLUMNS> {
+    using Rows = StripRows<COLUMNS>;
+    using Scratch = typename Rows::Scratch;
     static constexpr int ROWS_OF_X = MOST;
-    static constexpr int64_t UNITS_OF_STRIP = sizeof(Lanes) / sizeof(F);
 
-    explicit StripsOf(const Product& j) : Strips(j, UNITS_OF_STRIP) {}
+    const int64_t size; // bytes of a strip
+
+    static bool takes(const Product& job) { return Rows::is_whole(job) || Rows::has_parts(job); }
+
+    explicit StripsOf(const Product& j) : Rows(j, sizeof(Lanes) / sizeof(F)), size(COLUMNS * j.bits / 8) {}
 
     void run(const Task& task, Scratch& scratch) const {
-        load_numbers(task, scratch);
-        in_turns<ROWS_OF_X>(task.count, [&](int64_t first, auto m) {
-            if (scaled == Scaled::ROWS) return multiply<m, Scaled::ROWS, false>(task, first, scratch);
-            with_flag(job.zero, [&](auto zero) {
-                if (scaled == Scaled::STRIPS) multiply<m, Scaled::STRIPS, zero>(task, first, scratch);
-                else multiply<m, Scaled::PARTS, zero>(task, first, scratch);
+        this->load_numbers(task, scratch);
+        this->template in_turns<ROWS_OF_X>(task.count, [&](int64_t first, auto m) {
+            with_flag(this->job.zero, [&](auto zero) {
+                with_flag(this->parts, [&](auto parts) { multiply<m, parts, zero>(task, first, scratch); });
             });
         });
     }
 
-    template <int M, Scaled SCALED, bool ZERO> void multiply(const Task& task, int64_t first, const Scratch& scratch) const {
+    template <int M, bool PARTS, bool ZERO> void multiply(const Task& task, int64_t first, const Scratch& scratch) const {
         const Lanes* xs[M];
         float found[M][AT_ONCE];
         for (int m = 0; m < M; m++) xs[m] = (const Lanes*)task.x_row(first + m);
         for (int64_t row = 0; row < task.each; row++) {
             F sums[M][ROWS];
-            const float *const scales = scratch.scales.data + row * room, *const offsets = scratch.offsets.data + row * room;
-            ((const Derived*)this)->template add_up<M, SCALED, ZERO>(task, row, xs, scales, offsets, sums);
+            const int64_t at = row * this->room;
+            const float *const scales = scratch.scales.data + at, *const offsets = scratch.offsets.data + at;
+            ((const Derived*)this)->template add_up<M, PARTS, ZERO>(task, row, xs, scales, offsets, sums);
             for (int m = 0; m < M; m++) sum_rows(sums[m], found[m] + row, EACH);
         }
-        for (int m = 0; m < M; m++) {
-            for (int64_t i = 0; SCALED == Scaled::ROWS && i < AT_ONCE; i++) found[m][i] *= scratch.scales.data[i * room];
-            task.put(first + m, found[m]);
+        for (int m = 0; m < M; m++) task.put(first + m, found[m]);
+    }
+
+  protected:
+    // `function` with every strip of rows, the codes of each there, and in every lane the number of that row's block.
+    template <bool PARTS, class Function>
+    __attribute__((always_inline)) void each_strip(const Task& task, int64_t row, const float* scales, const float* offsets,
+                                                   const Function& function) const {
+        const uint8_t* from[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) from[r] = task.codes(row + r * EACH);
+        const U block = as<U>(lane_numbers() * (int)this->per >> 4); // of every lane
+        const int64_t bytes = this->bytes, size = this->size;
+        int64_t left = this->fold, at = 0, s = 0;
+        const auto strip = [&](auto&& codes) __attribute__((always_inline)) {
+            const auto number = [&](const float* of, int r) __attribute__((always_inline)) {
+                const float* const own = of + r * EACH * this->room;
+                if (!PARTS) return all(*own);
+                return look_up_low((F)_mm512_broadcast_f32x8(_mm256_loadu_ps(own)), block); // blocks have 16 columns at least
+            };
+            const auto scale = [&](int r) __attribute__((always_inline)) { return number(scales, r); };
+            const auto offset = [&](int r) __attribute__((always_inline)) { return number(offsets, r); };
+            function(s, codes, scale, offset);
+            if (PARTS) scales += this->per, offsets += this->per;
+            else if (--left == 0) left = this->fold, scales++, offsets++;
+        };
+        for (; at + 64 <= bytes; s++, at += size) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + NEAR + at, 0, 3);
+            strip([&](int r) __attribute__((always_inline)) { return _mm512_loadu_si512(from[r] + at); });
         }
+        for (; s < this->strips; s++, at += size)
+            strip([&](int r) __attribute__((always_inline)) { return Panels::read_codes(from[r] + at, bytes - at); });
     }
 };
 

@@ -15,12 +15,12 @@ struct alignas(64) DigitLanes {
     Z starts;
 };
 
-struct DigitStrips : StripsOf<DigitStrips, DigitLanes, 2> {
+struct DigitStrips : StripsOf<DigitStrips, DigitLanes, 2, 128> {
     using Lanes = DigitLanes;
     static constexpr int DIGITS = Lanes::DIGITS;
 
     static bool takes(const Product& job) {
-        return job.bits == 4 && job.kind == 0 && job.x_type != 0 && (is_whole(job) || WIDTH % job.block == 0);
+        return job.bits == 4 && job.kind == 0 && job.x_type != 0 && StripsOf::takes(job);
     }
 
     explicit DigitStrips(const Product& j) : StripsOf(j) {}
@@ -70,25 +70,16 @@ struct DigitStrips : StripsOf<DigitStrips, DigitLanes, 2> {
     }
 
     // Rows of x with ROWS of the weight, one of each stream.
-    template <int M, Scaled SCALED, bool ZERO>
+    template <int M, bool PARTS, bool ZERO>
     __attribute__((noinline)) void add_up(const Task& task, int64_t row, const Lanes* const* xs, const float* scales,
                                           const float* offsets, F (&to)[M][ROWS]) const {
         F totals[M][ROWS] = {};
-        const uint8_t* from[ROWS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) from[r] = task.codes(row + r * EACH);
         const Z low = _mm512_set1_epi8(15);
-        const U block = as<U>(lane_numbers() * (int)per >> 4); // of every lane
-        int64_t left = fold;
-        const auto strip = [&](int64_t s, auto&& codes) __attribute__((always_inline)) {
+        const auto strip = [&](int64_t s, auto&& codes, auto&& scale, auto&& offset) __attribute__((always_inline)) {
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const Z line = codes(r);
                 const Z w[2] = {_mm512_and_si512(line, low), _mm512_and_si512(_mm512_srli_epi16(line, 4), low)};
-                const auto number = [&](const float* of) __attribute__((always_inline)) {
-                    const float* const at = of + r * EACH * room;
-                    return SCALED == Scaled::PARTS ? look_up_low(load(at), block) : all(*at);
-                };
                 // Each digit by itself: a single sum would do, but its products would have to wait for each other.
                 Z sums[M][DIGITS];
 #pragma GCC unroll 2
@@ -107,27 +98,14 @@ struct DigitStrips : StripsOf<DigitStrips, DigitLanes, 2> {
                     F sum = (F)_mm512_cvtepi32_ps(_mm512_add_epi32(sums[m][0], _mm512_slli_epi32(higher, 8)));
                     F& total = totals[m][r];
                     if (ZERO) {
-                        const F offset = number(offsets);
-                        if (job.zero == 1) sum = negative_multiply_add(offset, x.sums, sum);
-                        else total = multiply_add(x.sums * x.scales, offset, total);
+                        if (job.zero == 1) sum = negative_multiply_add(offset(r), x.sums, sum);
+                        else total = multiply_add(x.sums * x.scales, offset(r), total);
                     }
-                    if (SCALED == Scaled::ROWS) total = multiply_add(sum, x.scales, total);
-                    else total = multiply_add(sum * x.scales, number(scales), total);
+                    total = multiply_add(sum * x.scales, scale(r), total);
                 }
             }
-            if (SCALED == Scaled::PARTS) scales += per, offsets += per;
-            if (SCALED == Scaled::STRIPS && --left == 0) left = fold, scales++, offsets++;
         };
-        int64_t s = 0;
-        for (; (s + 1) * BYTES <= bytes; s++) {
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) __builtin_prefetch(from[r] + NEAR + s * BYTES, 0, 3);
-            strip(s, [&](int r) __attribute__((always_inline)) { return _mm512_loadu_si512(from[r] + s * BYTES); });
-        }
-        for (; s < strips; s++)
-            strip(s, [&](int r) __attribute__((always_inline)) {
-                return Panels::read_codes(from[r] + s * BYTES, bytes - s * BYTES);
-            });
+        each_strip<PARTS>(task, row, scales, offsets, strip);
         memcpy(to, totals, sizeof totals);
     }
 };

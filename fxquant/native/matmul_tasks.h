@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr int64_t STREAM = 1 << 18; // bytes, that are long enough
-
 struct Slots {
     std::vector<int64_t> order, starts; // slots by expert; of each expert with any, and of what is behind the last
     std::vector<int64_t> experts;       // those with slots

@@ -98,7 +98,7 @@ struct Tiles : Panels {
 
     void decode(int64_t panel, Scratch& scratch, Ahead& ahead) const {
         for (int v = 0; v < VECTORS; v++) {
-            for (int i = 0; i < Ahead::PER_VECTOR; i++) ahead.ask();
+            ahead.ask(Ahead::PER_VECTOR);
             Z* const words = (Z*)scratch.words.data + 16 * v; // of 4 bits, there are enough for two panels
             if (job.bits != 4 || panel % 2 == 0) {
                 Z read[16];

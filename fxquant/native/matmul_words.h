@@ -120,7 +120,7 @@ template <class Numbers> struct WordPanels {
             for (int64_t left = words_of_step; left > 0; left -= 2) {
                 if (asks-- > 0)
                     for (const uint8_t* const stop = next + ahead.some; next < stop; next += 64)
-                        __builtin_prefetch(next, 0, 2);
+                        __builtin_prefetch(next, 0, LATER);
                 each<2>([&](auto second) __attribute__((always_inline)) {
                     Z w[VECTORS];
                     each<VECTORS>([&](auto v) __attribute__((always_inline)) { w[v] = weights[second * VECTORS + v]; });

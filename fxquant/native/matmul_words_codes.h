@@ -6,16 +6,16 @@ namespace {
 
 struct CodeWords : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, WORDS = PANEL / 4; // columns, and words of them
-    static constexpr int64_t TOGETHER = 2; // panels
-    static constexpr int64_t NUMBERS = 3; // of a step of a row of x: what sums begin with, the sum of codes, their scale
+    static constexpr int64_t TOGETHER = 2;      // panels
+    static constexpr int64_t NUMBERS = 3;       // of a step of a row of x: what sums begin with, the sum of codes, their scale
+    static constexpr bool rounded = false;      // weights are not, with their scales
+    static constexpr bool ADDS_OFFSETS = false; // to sums, as they are: `settle` does
 
     const Inputs<1> inputs;
     const bool one_scale;            // of a row of x, with which it is multiplied at the end
     const int64_t panels, step, per; // as there
     const int64_t stride;            // bytes of a panel of a turn: words, and numbers of every step
     const int64_t units;             // of a turn
-    static constexpr bool rounded = false;      // weights are not, with their scales
-    static constexpr bool ADDS_OFFSETS = false; // to sums, as they are: `settle` does
     const bool plain;                // sums meet scales of the weight and nothing else
 
     explicit CodeWords(const Product& j)
@@ -24,7 +24,6 @@ struct CodeWords : Panels {
           plain(one_scale && !inputs.whole && !j.zero) {}
 
     void prepare(Scratch&) const {}
-
 
     // Rows of x, word by word: with codes of 4 bits of the weight, of every 8 columns first the even ones.
     bool spread(const int64_t* slots, int64_t count, float* to) const {
@@ -47,11 +46,12 @@ struct CodeWords : Panels {
         return true;
     }
 
-    static const float* number(const char* x, int64_t s, int64_t t) {
-        return (const float*)x + (WORDS + s * NUMBERS) * TOKENS + t;
+    // One of the numbers of a step.
+    template <class T> static T number(const char* x, int64_t s, int64_t t, int64_t i) {
+        return read<T>(x + ((WORDS + s * NUMBERS + i) * TOKENS + t) * sizeof(T));
     }
 
-    static Z start(const char* x, int64_t s, int64_t t) { return _mm512_set1_epi32(as<int32_t>(*number(x, s, t))); }
+    static Z start(const char* x, int64_t s, int64_t t) { return _mm512_set1_epi32(number<int32_t>(x, s, t, 0)); }
 
     static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) {
         asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
@@ -61,8 +61,7 @@ struct CodeWords : Panels {
 
     void settle(const char* x, int64_t s, int64_t t, const Z* found, const float* scales, const float* offsets,
                 float* totals) const {
-        const float* const own = number(x, s, t);
-        const F of_x = all(own[TOKENS]), scale_of_x = all(own[2 * TOKENS]);
+        const F of_x = all(number<float>(x, s, t, 1)), scale_of_x = all(number<float>(x, s, t, 2));
         for (int64_t i = 0; i < AT_ONCE; i += LANES) {
             const F total = load(totals + i), sum = (F)_mm512_cvtepi32_ps(found[i / LANES]), scale = load(scales + i);
             if (inputs.whole) store(totals + i, (F)_mm512_add_epi32((Z)total, found[i / LANES]));
@@ -74,7 +73,7 @@ struct CodeWords : Panels {
     }
 
     void finish(const char* x, int64_t t, const float* scales, float* totals) const {
-        const F own = all(number(x, 0, t)[2 * TOKENS]);
+        const F own = all(number<float>(x, 0, t, 2));
         for (int64_t i = 0; one_scale && i < AT_ONCE; i += LANES) {
             F total = load(totals + i);
             if (inputs.whole) total = (F)_mm512_cvtepi32_ps((Z)total) * load(scales + i);

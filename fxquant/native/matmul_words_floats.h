@@ -2,20 +2,11 @@
 // so are integers and small floats as they are; values of other tables are rounded to it. Sums are in float32. With many
 // rows weights of 4 bits meet scales of short blocks, and offsets, before, and are rounded.
 
-#if defined(__AVX512BF16__) && defined(FXQUANT_BYTES) && defined(FXQUANT_CODES)
-#define FXQUANT_BFLOAT16
+#ifdef FXQUANT_BFLOAT16
 
 #include <algorithm>
 
 namespace {
-
-// Whether bfloat16 with these magnitudes, as bits, are multiplied as they should be: products of what is smaller than
-// 2^-126, or their sums, become zeros, so that it has to be small beside the largest; and no number is infinite.
-inline bool are_moderate(Z magnitudes) {
-    const uint32_t largest = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_slli_epi32(magnitudes, 16), magnitudes));
-    if (largest < 1 << 16) return true; // zeros; below there is another's half
-    return largest >= as<uint32_t>(0x1p-80f) && largest < as<uint32_t>(0x1p100f);
-}
 
 struct FloatWords : Panels {
     static constexpr int64_t PANEL = 128, WORDS = PANEL / 2; // columns, and words of them
@@ -31,37 +22,17 @@ struct FloatWords : Panels {
     const int64_t stride;    // bytes of a panel of a turn: words; where there are offsets, of every step the sums of x
     const int64_t units;     // of a turn
     const bool plain;        // there are no offsets
-    Z low, high;             // of up to 64 values, in bfloat16
-    Z bytes[2][4];           // of 256: their lower bytes, and their higher ones
+    const PairTables tables;
 
     explicit FloatWords(const Product& j)
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), rounded(rounds(j)), step(rounded ? PANEL : step_of(j)),
           per(PANEL / step), stride((WORDS + (rounded || !j.zero ? 0 : per)) * TOKENS * 4),
-          units((panels * stride + 63) / 64), plain(rounded || !j.zero) {
-        uint16_t all[256];
-        for (int i = 0; i < 256; i += 2 * LANES) {
-            float of[2 * LANES];
-            for (int l = 0; l < 2 * LANES; l++) of[l] = value(i + l);
-            _mm512_storeu_si512(all + i, rounded_pair(load(of), load(of + LANES)));
-        }
-        low = _mm512_loadu_si512(all), high = _mm512_loadu_si512(all + 32);
-        for (int part = 0; part < 4; part++) {
-            uint8_t of[2][64];
-            for (int i = 0; i < 64; i++) of[0][i] = all[64 * part + i] & 255, of[1][i] = all[64 * part + i] >> 8;
-            for (int half = 0; half < 2; half++) bytes[half][part] = _mm512_loadu_si512(of[half]);
-        }
-    }
+          units((panels * stride + 63) / 64), plain(rounded || !j.zero), tables(j) {}
 
     // With many rows of x it takes longer to bring sums and scales together than to round weights.
     static bool rounds(const Product& job) {
         const bool in_blocks = job.bits == 4 && job.block < job.columns && (job.zero || step_of(job) < PANEL);
         return in_blocks && job.slots > FEW_ROWS * job.experts;
-    }
-
-    // What a code stands for, and again and again.
-    float value(int code) const {
-        if (job.bits < 8 || job.kind) return job.values[code % std::max(1 << job.bits, LANES)];
-        return job.low ? (int8_t)code : code;
     }
 
     // Rows of x, in the order in which codes come out of words of a row: of 4 bits, of every 8 columns the first and the
@@ -128,33 +99,25 @@ struct FloatWords : Panels {
 
     static void finish(const char*, int64_t, const float*, float*) {}
 
-    // How codes become values: by tables of 32, in words of 4 bits or in bytes, of 64, or of 256, of which those of floats
-    // differ by a sign from one half to the other.
-    enum Values { NIBBLES, FEW, SOME, MANY, SIGNED };
-
     void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
         if (rounded)
             with_constant<3>(job.zero + 1, [&](auto n) { decode_rounded<n - 1>(panel, scratch, to_panel, ahead); });
-        else if (job.bits == 4) decode<NIBBLES>(panel, scratch, to_panel, ahead);
-        else if (job.bits < 6) decode<FEW>(panel, scratch, to_panel, ahead);
-        else if (job.bits == 6) decode<SOME>(panel, scratch, to_panel, ahead);
-        else if (job.kind) decode<SIGNED>(panel, scratch, to_panel, ahead);
-        else decode<MANY>(panel, scratch, to_panel, ahead);
+        else with_values(job, [&](auto values) { decode<values>(panel, scratch, to_panel, ahead); });
     }
 
     template <Values VALUES>
     __attribute__((noinline)) void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        constexpr int PER = VALUES == NIBBLES ? 4 : 2; // words that are made of one
+        constexpr int PER = VALUES == Values::NIBBLES ? 4 : 2; // words that are made of one
         for (int v = 0; v < VECTORS; v++)
             for (int64_t part = 0; part < QUARTERS; part += PER) {
                 Z words[16];
                 read_words(scratch, v, panel * PANEL + part * 32, words);
                 Z* const to = to_panel + part * WORDS / QUARTERS * VECTORS + v;
+                if (part == 0) ahead.ask(Ahead::PER_VECTOR);
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
-                    if (part == 0 && i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
 #pragma GCC unroll 4
-                    for (int j = 0; j < PER; j++) to[(i * PER + j) * VECTORS] = values<VALUES>(words[i], j);
+                    for (int j = 0; j < PER; j++) to[(i * PER + j) * VECTORS] = tables.two<VALUES>(words[i], j);
                 }
             }
     }
@@ -168,8 +131,8 @@ struct FloatWords : Panels {
         for (int v = 0; v < VECTORS; v++) {
             Z words[16];
             read_words(scratch, v, panel * PANEL, words);
+            ahead.ask(Ahead::PER_VECTOR);
             for (int i = 0; i < 16; i++) {
-                if (i % (16 / Ahead::PER_VECTOR) == 0) ahead.ask();
                 const int64_t block = std::min((panel * PANEL + 8 * i) / job.block, blocks - 1) * AT_ONCE + v * LANES;
                 const F scale = load(scratch.scales_by_block.data + block);
                 const F offset = ZERO ? load(scratch.offsets_by_block.data + block) : F{};
@@ -184,32 +147,6 @@ struct FloatWords : Panels {
                         _mm512_permutexvar_epi16(in_turn, rounded_pair(weight(j), weight(j + 4)));
             }
         }
-    }
-
-    // Two values of each row: of 4 bits, those that are j and j + 4 in words, of bytes j and j + 2.
-    template <Values VALUES> Z values(Z word, int j) const {
-        if (VALUES == NIBBLES) return _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4 * j), low);
-        if (VALUES == MANY || VALUES == SIGNED) {
-            constexpr __mmask64 ODD = 0xaaaaaaaaaaaaaaaa;
-            const Z lower = bytes_of<VALUES>(word, bytes[0]), higher = bytes_of<VALUES>(word, bytes[1]);
-            if (j) return _mm512_mask_blend_epi8(ODD, _mm512_srli_epi16(lower, 8), with_signs<VALUES>(higher, word));
-            return _mm512_mask_blend_epi8(ODD, lower, _mm512_slli_epi16(with_signs<VALUES>(higher, word), 8));
-        }
-        const Z codes = j ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi16(255));
-        return VALUES == FEW ? _mm512_permutexvar_epi16(codes, low) : _mm512_permutex2var_epi16(low, codes, high);
-    }
-
-    // By code, one byte of each value; of floats without their signs.
-    template <Values VALUES> static Z bytes_of(Z codes, const Z* table) {
-        const Z first = _mm512_permutex2var_epi8(table[0], codes, table[1]);
-        if (VALUES == SIGNED) return first;
-        const Z second = _mm512_permutex2var_epi8(table[2], codes, table[3]);
-        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), first, second);
-    }
-
-    // `a | (b & 0x80)` where values are of floats.
-    template <Values VALUES> static Z with_signs(Z a, Z b) {
-        return VALUES == SIGNED ? _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8((char)0x80), 0xf8) : a;
     }
 };
 
