@@ -26,7 +26,10 @@ class Timed:
 
 @dataclass
 class Reading(Timed):
-    """A read of an array that no cache holds, by torch's matrix-vector product: the bandwidth of each round."""
+    """A read of an array that no cache holds, by the faster of two products of torch's: the bandwidth of each round.
+
+    One follows the array from its start to its end, the other its two halves at once; CPUs differ in which they like.
+    """
 
     arrays: list[torch.Tensor] = field(default_factory=list, kw_only=True)
 
@@ -37,8 +40,9 @@ class Reading(Timed):
 
     def run(self) -> None:
         array = self.arrays[len(self.seconds) % len(self.arrays)]
-        ones = torch.ones(array.shape[1])
-        self.seconds.append(seconds_of(lambda: torch.mv(array, ones)))
+        ones, halves = torch.ones(array.shape[1]), array.view(2, -1)
+        products = (lambda: torch.mv(array, ones), lambda: torch.dot(*halves))
+        self.seconds.append(min(map(seconds_of, products)))
 
     @property
     def rate(self) -> float:
