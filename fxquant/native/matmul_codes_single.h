@@ -87,9 +87,9 @@ struct SingleCodes : Codes<1> {
         const auto steps = [&](int64_t count, auto&& codes) __attribute__((always_inline)) {
             Z sums[ROWS][PANELS];
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++)
+            for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
-                for (int p = 0; p < PANELS; p++) {
+                for (int r = 0; r < ROWS; r++) {
                     const int8_t* const own = x + p * inputs.stride;
                     const Z w = codes(from[r], p * BYTES);
                     sums[r][p] = Z{};
