@@ -29,13 +29,42 @@ inline void transpose(Z (&v)[16]) {
     for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
+// Words of up to six rows, 16 of each, as one of each row after another.
+struct InTurn {
+    static constexpr int ROWS = 6;
+
+    Z places[ROWS];              // the words of rows, of every vector of the result
+    __mmask16 lanes[ROWS][ROWS]; // of every vector, those of each row
+
+    InTurn() : lanes() {
+        for (int i = 0; i < ROWS; i++) {
+            int32_t of[LANES];
+            for (int l = 0; l < LANES; l++) {
+                const int word = i * LANES + l;
+                of[l] = word / ROWS, lanes[i][word % ROWS] |= 1 << l;
+            }
+            places[i] = read<Z>(of);
+        }
+    }
+
+    void operator()(const Z (&rows)[ROWS], void* to) const {
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++) {
+            Z found{};
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) found = _mm512_mask_permutexvar_epi32(found, lanes[i][r], places[i], rows[r]);
+            _mm512_storeu_si512((Z*)to + i, found);
+        }
+    }
+};
+
 #ifdef __AVX512BF16__
 // 32 floats in bfloat16.
 inline Z rounded_pair(F low, F high) { return (Z)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 #endif
 
 struct Panels {
-    static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = 6;
+    static constexpr int VECTORS = AT_ONCE / LANES, TOKENS = InTurn::ROWS;
     static constexpr int64_t BATCH = 192; // rows of x for which a panel is decoded once
 
     const Product& job;

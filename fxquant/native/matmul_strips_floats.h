@@ -23,22 +23,37 @@ struct FloatStrips : StripsOf<FloatStrips<VALUES>, FloatLanes<STRIP<VALUES>>, 4,
 
     const PairTables tables;
     const Panels::Fields fields;
+    Z places[WORDS]; // of the columns of a word, in 64
 
-    explicit FloatStrips(const Product& j) : Base(j), tables(j), fields(j.bits, 64) {}
+    explicit FloatStrips(const Product& j) : Base(j), tables(j), fields(j.bits, 64) {
+        for (int w = 0; w < WORDS; w++) {
+            uint16_t of[2 * LANES];
+            for (int i = 0; i < 2 * LANES; i++) of[i] = i / 2 * Base::UNITS + i % 2 * WORDS + w;
+            places[w] = read<Z>(of);
+        }
+    }
 
     // False where products would be zeros that are none, or infinite.
     bool spread(int64_t row, float* to) const {
+        const uint16_t* const from = (const uint16_t*)job.x + row * job.x_stride;
         for (int64_t s = 0; s < this->strips; s++) {
-            F x[Base::UNITS];
-            this->floats_of(row, s, x);
+            Z x[WORDS]; // as it lies in memory
+            for (int i = 0; i < WORDS; i++) {
+                const int64_t at = s * Base::WIDTH + 2 * i * LANES, rest = std::max<int64_t>(job.columns - at, 0);
+                x[i] = _mm512_maskz_loadu_epi16((__mmask32)_bzhi_u32(~0u, std::min<int64_t>(rest, 2 * LANES)), from + at);
+            }
             Lanes& lanes = ((Lanes*)to)[s];
             lanes.sums = F{};
             Z top{};
-            for (int j = 0; j < WORDS; j++) {
-                const Z first = _mm512_srli_epi32((Z)x[j], 16); // as they are bfloat16, nothing is lost
-                lanes.words[j] = _mm512_or_si512(first, (Z)x[j + WORDS]);
-                lanes.sums += x[j] + x[j + WORDS];
-                top = _mm512_max_epu16(top, _mm512_and_si512(lanes.words[j], _mm512_set1_epi16(0x7fff)));
+            for (int w = 0; w < WORDS; w++) {
+                Z found = _mm512_permutex2var_epi16(x[0], places[w], x[1]);
+                if constexpr (WORDS == 4) {
+                    const Z later = _mm512_permutex2var_epi16(x[2], places[w], x[3]);
+                    found = _mm512_inserti64x4(found, _mm512_castsi512_si256(later), 1);
+                }
+                lanes.words[w] = found;
+                lanes.sums += (F)_mm512_slli_epi32(found, 16) + (F)_mm512_and_si512(found, _mm512_set1_epi32(0xffff0000));
+                top = _mm512_max_epu16(top, _mm512_and_si512(found, _mm512_set1_epi16(0x7fff)));
             }
             if (!are_moderate(top)) return false;
         }

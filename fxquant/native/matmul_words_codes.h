@@ -17,6 +17,7 @@ struct CodeWords : Panels {
     const int64_t stride;            // bytes of a panel of a turn: words, and numbers of every step
     const int64_t units;             // of a turn
     const bool plain;                // sums meet scales of the weight and nothing else
+    const InTurn in_turn;
 
     explicit CodeWords(const Product& j)
         : Panels(j), inputs(j), one_scale(j.x_group >= j.columns), panels(inputs.panels), step(inputs.step), per(inputs.per),
@@ -27,21 +28,28 @@ struct CodeWords : Panels {
 
     // Rows of x, word by word: with codes of 4 bits of the weight, of every 8 columns first the even ones.
     bool spread(const int64_t* slots, int64_t count, float* to) const {
-        Buffer<float> row(inputs.units * LANES);
-        for (int64_t t = 0; t < count; t++) {
-            if (!inputs.spread(slots[t] / job.picks, row.data)) return false;
-            for (int64_t panel = 0; panel < panels; panel++) {
-                int32_t* const words = (int32_t*)((char*)to + panel * stride) + t;
-                const int32_t* const digits = (const int32_t*)inputs.digits(row.data, panel);
-                for (int64_t i = 0; i < WORDS; i++)
-                    words[i * TOKENS] = digits[job.bits == 4 ? i % 2 * (WORDS / 2) + i / 2 : i];
+        const int64_t width = inputs.units * LANES;
+        Buffer<float> rows(count * width);
+        for (int64_t t = 0; t < count; t++)
+            if (!inputs.spread(slots[t] / job.picks, rows.data + t * width)) return false;
+        const Z first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const Z second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        for (int64_t panel = 0; panel < panels; panel++) {
+            int32_t* const words = (int32_t*)((char*)to + panel * stride);
+            Z low[TOKENS] = {}, high[TOKENS] = {};
+            for (int64_t t = 0; t < count; t++) {
+                const int8_t* const digits = inputs.digits(rows.data + t * width, panel);
+                const Z a = read<Z>(digits), b = read<Z>(digits + sizeof a);
+                low[t] = job.bits == 4 ? _mm512_permutex2var_epi32(a, first, b) : a;
+                high[t] = job.bits == 4 ? _mm512_permutex2var_epi32(a, second, b) : b;
                 for (int64_t s = 0; s < per; s++) {
-                    const auto& of_x = inputs.steps(row.data, panel)[s];
-                    int32_t* const own = words + (WORDS + s * NUMBERS) * TOKENS;
+                    const auto& of_x = inputs.steps(rows.data + t * width, panel)[s];
+                    int32_t* const own = words + (WORDS + s * NUMBERS) * TOKENS + t;
                     own[0] = of_x.starts[0][0], own[TOKENS] = as<int32_t>(of_x.total);
                     own[2 * TOKENS] = as<int32_t>(of_x.scale);
                 }
             }
+            in_turn(low, words), in_turn(high, words + WORDS / 2 * TOKENS);
         }
         return true;
     }

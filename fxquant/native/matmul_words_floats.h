@@ -23,6 +23,7 @@ struct FloatWords : Panels {
     const int64_t units;     // of a turn
     const bool plain;        // there are no offsets
     const PairTables tables;
+    const InTurn in_turn;
 
     explicit FloatWords(const Product& j)
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), rounded(rounds(j)), step(rounded ? PANEL : step_of(j)),
@@ -46,22 +47,23 @@ struct FloatWords : Panels {
             uint32_t* const words = (uint32_t*)((char*)to + panel * stride);
             float* const sums = (float*)(words + WORDS * TOKENS);
             if (!plain) std::fill_n(sums, per * TOKENS, 0.0f);
-            for (int64_t t = 0; t < count; t++) {
-                Z top{};
-                for (int64_t i = 0; i < PANEL; i += 2 * LANES) {
-                    const int64_t at = panel * PANEL + i, rest = std::max<int64_t>(job.columns - at, 0);
-                    const int64_t here = std::min<int64_t>(rest, 2 * LANES);
+            Z tops[TOKENS] = {};
+            for (int64_t i = 0; i < PANEL; i += 2 * LANES) {
+                const int64_t at = panel * PANEL + i, rest = std::max<int64_t>(job.columns - at, 0);
+                const __mmask32 here = _bzhi_u32(~0u, std::min<int64_t>(rest, 2 * LANES));
+                Z rows[TOKENS] = {};
+                for (int64_t t = 0; t < count; t++) {
                     const uint16_t* const from = (const uint16_t*)job.x + slots[t] / job.picks * job.x_stride + at;
-                    const Z x = _mm512_maskz_loadu_epi16((__mmask32)((1ull << here) - 1), from);
-                    top = _mm512_max_epu16(top, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
-                    alignas(64) uint32_t found[LANES];
-                    _mm512_store_si512(found, _mm512_shuffle_epi8(x, places));
-                    for (int64_t w = 0; w < LANES; w++) words[(i / 2 + w) * TOKENS + t] = found[w];
+                    const Z x = _mm512_maskz_loadu_epi16(here, from);
+                    tops[t] = _mm512_max_epu16(tops[t], _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
+                    rows[t] = _mm512_shuffle_epi8(x, places);
                     for (int half = 0; !plain && half < 2; half++)
                         sums[(i + half * LANES) / step * TOKENS + t] += sum(half_of(x, half));
                 }
-                if (!are_moderate(top)) return false;
+                in_turn(rows, words + i / 2 * TOKENS);
             }
+            for (int64_t t = 0; t < count; t++)
+                if (!are_moderate(tops[t])) return false;
         }
         return true;
     }
@@ -126,8 +128,10 @@ struct FloatWords : Panels {
     template <int ZERO>
     __attribute__((noinline)) void decode_rounded(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
         const F of_codes = load(job.values);
+        // Halves away from zero, since that takes fewer steps than to even.
+        const auto rounded = [](F weight) { return _mm512_add_epi32((Z)weight, _mm512_set1_epi32(0x8000)); };
         const Z numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const Z in_turn = _mm512_or_si512(numbers, _mm512_slli_epi32(_mm512_add_epi32(numbers, _mm512_set1_epi32(16)), 16));
+        const Z higher = _mm512_add_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(0x20002)), _mm512_set1_epi32(0x210001));
         for (int v = 0; v < VECTORS; v++) {
             Z words[16];
             read_words(scratch, v, panel * PANEL, words);
@@ -144,7 +148,7 @@ struct FloatWords : Panels {
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++)
                     to_panel[(4 * i + j) * VECTORS + v] =
-                        _mm512_permutexvar_epi16(in_turn, rounded_pair(weight(j), weight(j + 4)));
+                        _mm512_permutex2var_epi16(rounded(weight(j)), higher, rounded(weight(j + 4)));
             }
         }
     }
