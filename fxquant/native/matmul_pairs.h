@@ -14,6 +14,18 @@ inline bool are_moderate(Z magnitudes) {
     return largest >= as<uint32_t>(0x1p-80f) && largest < as<uint32_t>(0x1p100f);
 }
 
+// `sum += w x`, of pairs of floats. In the order in which it is written, and so is what is loaded: moved, they take registers
+// from sums.
+inline __attribute__((always_inline)) void add_pairs(Z& sum, Z w, Z x) {
+    asm volatile("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+}
+
+inline __attribute__((always_inline)) Z loaded_in_order(const Z* p) {
+    Z to;
+    asm volatile("vmovdqa64 %1, %0" : "=v"(to) : "m"(*p));
+    return to;
+}
+
 // How codes become values: by tables of 32, in words of 4 bits or in bytes, of 64, or of 256, of which those of floats
 // differ by a sign from one half to the other.
 enum class Values { NIBBLES, FEW, SOME, MANY, SIGNED };

@@ -64,28 +64,49 @@ struct FloatStrips : StripsOf<FloatStrips<VALUES>, FloatLanes<STRIP<VALUES>>, 4,
     template <int M, bool PARTS, bool ZERO>
     __attribute__((noinline)) void add_up(const Task& task, int64_t row, const Lanes* const* xs, const float* scales,
                                           const float* offsets, F (&to)[M][ROWS]) const {
+        constexpr int TOGETHER = M > 3 ? 2 : 1; // rows of the weight that x is loaded once for
         F totals[M][ROWS] = {};
         const auto strip = [&](int64_t s, auto&& codes, auto&& scale, auto&& offset) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+            for (int first = 0; first < ROWS; first += TOGETHER) {
                 constexpr bool APART = VALUES == Values::FEW || VALUES == Values::SOME;
-                Z line = APART ? fields.taken_apart(codes(r)) : codes(r);
-                asm("" : "+v"(line)); // or it is read again for every word
-                F sums[M] = {};
+                Z line[TOGETHER];
+                Z sums[TOGETHER][M] = {};
+#pragma GCC unroll 2
+                for (int i = 0; i < TOGETHER; i++) {
+                    line[i] = APART ? fields.taken_apart(codes(first + i)) : codes(first + i);
+                    asm("" : "+v"(line[i])); // or it is read again for every word
+                }
 #pragma GCC unroll 4
                 for (int j = 0; j < WORDS; j++) {
-                    const Z w = tables.template two<VALUES>(line, j);
+                    Z w[TOGETHER];
+#pragma GCC unroll 2
+                    for (int i = 0; i < TOGETHER; i++) w[i] = tables.template two<VALUES>(line[i], j);
 #pragma GCC unroll 4
                     for (int m = 0; m < M; m++)
-                        sums[m] = (F)_mm512_dpbf16_ps((__m512)sums[m], (__m512bh)w, (__m512bh)xs[m][s].words[j]);
+                        if constexpr (TOGETHER == 1) {
+                            const Z x = xs[m][s].words[j]; // which need not be loaded
+                            sums[0][m] = (Z)_mm512_dpbf16_ps((__m512)sums[0][m], (__m512bh)w[0], (__m512bh)x);
+                        } else {
+                            const Z x = loaded_in_order(&xs[m][s].words[j]);
+#pragma GCC unroll 2
+                            for (int i = 0; i < TOGETHER; i++) {
+                                Z sum = sums[i][m]; // as in `matmul_words.h`
+                                add_pairs(sum, w[i], x);
+                                sums[i][m] = sum;
+                            }
+                        }
                 }
+#pragma GCC unroll 2
+                for (int i = 0; i < TOGETHER; i++)
 #pragma GCC unroll 4
-                for (int m = 0; m < M; m++) {
-                    F& total = totals[m][r];
-                    if (ZERO && job.zero == 1) sums[m] = negative_multiply_add(offset(r), xs[m][s].sums, sums[m]);
-                    if (ZERO && job.zero == 2) total = multiply_add(offset(r), xs[m][s].sums, total);
-                    total = multiply_add(sums[m], scale(r), total);
-                }
+                    for (int m = 0; m < M; m++) {
+                        const int r = first + i;
+                        F sum = (F)sums[i][m], &total = totals[m][r];
+                        if (ZERO && job.zero == 1) sum = negative_multiply_add(offset(r), xs[m][s].sums, sum);
+                        if (ZERO && job.zero == 2) total = multiply_add(offset(r), xs[m][s].sums, total);
+                        total = multiply_add(sum, scale(r), total);
+                    }
             }
         };
         this->template each_strip<PARTS>(task, row, scales, offsets, strip);

@@ -79,10 +79,7 @@ struct FloatWords : Panels {
         return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16);
     }
 
-    // `sum += w x`
-    static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) {
-        asm volatile("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-    }
+    static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) { add_pairs(sum, w, x); }
 
     // What the sums of a step begin with.
     static Z start(const char*, int64_t, int64_t) { return Z{}; }
