@@ -129,10 +129,10 @@ extern "C" int fxquant_has_matrix_units() {
 #endif
 }
 
-// Whether there are products of pairs of bfloat16, and no matrix units, which are faster.
+// Whether there are products of pairs of bfloat16.
 extern "C" int fxquant_multiplies_pairs() {
 #ifdef FXQUANT_BFLOAT16
-    return !fxquant_has_matrix_units();
+    return 1;
 #else
     return 0;
 #endif
@@ -178,7 +178,7 @@ extern "C" void fxquant_multiply(const Product* job) {
     if (job->x_codes) return (void)multiply<SingleCodes>(*job);
 #endif
 #ifdef FXQUANT_BFLOAT16
-    if (job->x_type == 1 && fxquant_multiplies_pairs()) {
+    if (job->x_type == 1) {
         if (!more_than(most_for_strips(*job)) && multiply_strips(*job)) return;
         if (more_than(fewest_for_words(*job)) && multiply_words<FloatWords>(*job)) return;
     }

@@ -1,7 +1,7 @@
 // Pairs of values in bfloat16, as products of them (AVX512-BF16) take them: integers and small floats as they are, values of
-// other tables rounded.
+// other tables rounded. Where there are matrix units, which are faster, none of this is compiled.
 
-#if defined(__AVX512BF16__) && defined(FXQUANT_BYTES) && defined(FXQUANT_CODES)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__) && defined(FXQUANT_BYTES) && defined(FXQUANT_CODES)
 #define FXQUANT_BFLOAT16
 
 namespace {
