@@ -32,12 +32,11 @@ enum class Values { NIBBLES, FEW, SOME, MANY, SIGNED };
 
 // `function` with how it is done, as a constant.
 template <class Function> inline void with_values(const Product& job, const Function& function) {
-    const auto call = [&](auto values) { function(values); };
-    if (job.bits == 4) call(std::integral_constant<Values, Values::NIBBLES>{});
-    else if (job.bits < 6) call(std::integral_constant<Values, Values::FEW>{});
-    else if (job.bits == 6) call(std::integral_constant<Values, Values::SOME>{});
-    else if (job.kind) call(std::integral_constant<Values, Values::SIGNED>{});
-    else call(std::integral_constant<Values, Values::MANY>{});
+    if (job.bits == 4) function(std::integral_constant<Values, Values::NIBBLES>{});
+    else if (job.bits < 6) function(std::integral_constant<Values, Values::FEW>{});
+    else if (job.bits == 6) function(std::integral_constant<Values, Values::SOME>{});
+    else if (job.kind) function(std::integral_constant<Values, Values::SIGNED>{});
+    else function(std::integral_constant<Values, Values::MANY>{});
 }
 
 struct PairTables {
