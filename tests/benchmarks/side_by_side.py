@@ -26,7 +26,7 @@ class Timed:
 
 @dataclass
 class Reading(Timed):
-    """A read of an array that no cache holds, half by each of two products of torch's: the faster one's bandwidth.
+    """A read of arrays that no cache holds, half of one by each of two products of torch's: the faster one's bandwidth.
 
     One reads from start to end, the other in two places at once; CPUs differ in which they like.
     """
@@ -34,8 +34,8 @@ class Reading(Timed):
     arrays: list[torch.Tensor] = field(default_factory=list, kw_only=True)
 
     @staticmethod
-    def of(megabytes: int = 64, copies: int = 4) -> Reading:
-        arrays = [torch.ones(megabytes << 8, 1024) for _ in range(copies)]
+    def of(megabytes: int = 64, copies: int = 2) -> Reading:
+        arrays = [torch.ones(megabytes << 9, 1024) for _ in range(copies)]
         return Reading("read", False, nbytes=arrays[0].nbytes // 2, arrays=arrays)
 
     def run(self) -> None:
