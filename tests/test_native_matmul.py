@@ -232,7 +232,7 @@ def alike(scheme: Scheme, dtype: torch.dtype, calls: tuple[int, ...]) -> list[tu
         if bits == 4 and short:
             limits[1] = 4 if not integers else 6 if scheme.zero == "none" else 5
     elif built.fxquant_multiplies_pairs() and short:
-        limits[1:] = [4, 24, 1 << 40] if bits == 8 and integers else [12 if bits in (4, 8) else 8, 1 << 40]
+        limits[1:] = [4, 24, 1 << 40] if bits == 8 and integers else [{2: 6, 3: 6, 4: 4}.get(bits, 8), 1 << 40]
     return [tuple(c for c in calls if least < c <= most) for least, most in pairwise(limits)]
 
 

@@ -1,5 +1,14 @@
 // Products of rows with planes: which kernel is the fastest.
 
+// Whether there are matrix units, and this process may use them.
+extern "C" int fxquant_has_matrix_units() {
+#ifdef FXQUANT_AMX
+    return has_tiles();
+#else
+    return 0;
+#endif
+}
+
 namespace {
 
 void (*general)(const Product*) = nullptr;
@@ -85,6 +94,14 @@ int64_t fewest_for_digits(const Product& job) {
 }
 #endif
 
+#ifdef FXQUANT_CODES
+// The rows of int8 codes, or fewer, with which words are slower than what there is; with matrix units, what these leave.
+int64_t fewest_for_code_words(const Product& job) {
+    if (fxquant_has_matrix_units()) return Codes<1>::FEW;
+    return job.bits != 4 ? 5 : job.zero ? 2 : 1;
+}
+#endif
+
 #ifdef FXQUANT_BFLOAT16
 // Integers of 8 bits that some rows of bfloat16 are multiplied with as whole numbers, since that takes fewer steps than to
 // look up values.
@@ -93,7 +110,7 @@ bool are_for_digits(const Product& job) { return job.bits == 8 && !job.kind && I
 // The most rows of bfloat16 with which strips are faster than panels, for which the weight is decoded once for all rows.
 int64_t most_for_strips(const Product& job) {
     if (are_for_digits(job)) return fewest_for_digits(job);
-    return job.bits == 4 || job.bits == 8 ? 12 : 8;
+    return job.bits == 4 ? 4 : job.bits < 4 ? 6 : 8;
 }
 
 // The rows of bfloat16, or fewer, with which words are slower than what there is, where strips are not for the weight.
@@ -118,15 +135,6 @@ extern "C" int fxquant_multiplies(int dtype) {
     if (dtype == 1) return 1;
 #endif
     return dtype == 0;
-}
-
-// Whether there are matrix units, and this process may use them.
-extern "C" int fxquant_has_matrix_units() {
-#ifdef FXQUANT_AMX
-    return has_tiles();
-#else
-    return 0;
-#endif
 }
 
 // Whether there are products of pairs of bfloat16.
@@ -174,7 +182,7 @@ extern "C" void fxquant_multiply(const Product* job) {
     }
 #endif
 #ifdef FXQUANT_CODES
-    if (job->x_codes && more_than(Codes<1>::FEW)) return (void)multiply_words<CodeWords>(*job);
+    if (job->x_codes && more_than(fewest_for_code_words(*job))) return (void)multiply_words<CodeWords>(*job);
     if (job->x_codes) return (void)multiply<SingleCodes>(*job);
 #endif
 #ifdef FXQUANT_BFLOAT16

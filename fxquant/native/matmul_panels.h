@@ -83,7 +83,7 @@ struct Panels {
         explicit Scratch(int64_t room, int64_t batch = BATCH)
             : scales(AT_ONCE * room + LANES), offsets(AT_ONCE * room + LANES), scales_by_block(AT_ONCE * room),
               offsets_by_block(AT_ONCE * room), totals(batch * AT_ONCE), sums(TOKENS * AT_ONCE), bytes(EACH * room + 128),
-              words(AT_ONCE * 64), panel(AT_ONCE * 64 * sizeof(float)) {}
+              words(AT_ONCE * 256), panel(AT_ONCE * 64 * sizeof(float)) {}
     };
 
     // Columns of a panel of 128 whose sums have one scale.
@@ -150,10 +150,16 @@ struct Panels {
     // rows that come next are asked for, and no more: of many rows that are a power of two apart, the first-level cache
     // holds few.
     void read_words(const Scratch& scratch, int v, int64_t column, Z (&words)[16]) const {
+        const int64_t first = column * job.bits / 8;
+        const int64_t next_first = v + 1 < VECTORS ? first : first + (job.bits == 4 ? 64 : 8 * job.bits);
+        read_words(scratch, v, column, (v + 1) % VECTORS, next_first, words);
+    }
+
+    // The same, before those of vector next_v from a byte on.
+    void read_words(const Scratch& scratch, int v, int64_t column, int next_v, int64_t next_first, Z (&words)[16]) const {
         const int64_t first = column * job.bits / 8, rest = bytes - first;
         const uint8_t* const* const rows = scratch.codes + v * LANES;
-        const uint8_t* const* const next = scratch.codes + (v + 1) % VECTORS * LANES;
-        const int64_t next_first = v + 1 < VECTORS ? first : first + (job.bits == 4 ? 64 : 8 * job.bits);
+        const uint8_t* const* const next = scratch.codes + next_v * LANES;
         if (job.bits != 4 && job.bits != 8) {
             const int64_t count = std::max<int64_t>(std::min<int64_t>(64, job.columns - column), 0);
             const Fields fields(job.bits, count);
@@ -181,18 +187,32 @@ struct Panels {
 
         const uint8_t *const start, *next, *due;
         const int64_t bytes, each; // of a panel, and of a time
-        const int64_t some, asks;  // the same in whole lines, and how often these are due in a turn
+        int64_t some = 0, asks = 0; // bytes, whole lines of them, and how often in a turn, where nothing is asked for elsewhere
 
         Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns)
-            : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), due(start),
-              bytes(AT_ONCE * columns * task.job.bits / 8), each((bytes + (turns + 1) * ASKS - 1) / ((turns + 1) * ASKS)),
-              some((each + 63) / 64 * 64), asks((ASKS * each + some - 1) / some) {}
+            : Ahead(task, scratch, columns, [&](int64_t all) { return part_of(all, (turns + 1) * ASKS); }) {}
+
+        // Not while a panel is decoded, and where a turn has so many steps, in as many of them as it takes.
+        static Ahead in_turns(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns, int64_t steps) {
+            Ahead ahead(task, scratch, columns, [](int64_t) { return 0; });
+            const int64_t share = part_of(ahead.bytes, turns);
+            ahead.some = part_of(share, 64 * steps) * 64, ahead.asks = part_of(share, ahead.some);
+            return ahead;
+        }
 
         void to_panel(int64_t panel) { next = due = start + panel * bytes; }
 
         void ask(int64_t times = 1) {
             for (due += times * each; next < due; next += 64) __builtin_prefetch(next, 0, LATER);
         }
+
+      private:
+        template <class Each>
+        Ahead(const Task& task, const Scratch& scratch, int64_t columns, const Each& each_of)
+            : start(scratch.codes[0] + task.later * task.job.codes_stride), next(start), due(start),
+              bytes(AT_ONCE * columns * task.job.bits / 8), each(each_of(bytes)) {}
+
+        static int64_t part_of(int64_t all, int64_t parts) { return (all + parts - 1) / parts; }
     };
 
     // Integers of a panel of 128 columns as bytes: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16
@@ -201,10 +221,21 @@ struct Panels {
         with_flag(job.bits == 4, [&](auto nibbles) { decode_bytes<nibbles>(panel, scratch, to_panel, ahead); });
     }
 
-    // What makes bytes of signed integers unsigned.
-    Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
+    // Some panels of 128 columns of 4 bits, as words of 8 columns: 16 of each panel, 16 rows in a vector. Of each row what
+    // is there of all these panels is read at once.
+    __attribute__((noinline)) void turn_words(int64_t first, int64_t end, const Scratch& scratch, Z* to) const {
+        for (int v = 0; v < VECTORS; v++)
+            for (int64_t panel = first; panel < end; panel++) {
+                Z words[16];
+                const bool more = panel + 1 < end;
+                const int64_t next = more ? panel + 1 : v + 1 < VECTORS ? first : end;
+                read_words(scratch, v, panel * 128, more ? v : (v + 1) % VECTORS, next * 64, words);
+                Z* const own = to + (panel - first) * 16 * VECTORS + v;
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) own[i * VECTORS] = words[i];
+            }
+    }
 
-  private:
     template <bool NIBBLES>
     __attribute__((noinline)) void decode_bytes(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
         const Z low = _mm512_set1_epi8(15), flip = this->flip();
@@ -224,6 +255,10 @@ struct Panels {
         }
     }
 
+    // What makes bytes of signed integers unsigned.
+    Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }
+
+  private:
     void load_numbers(const Task& task, const Level& level, float* to, Scratch& scratch) const {
         task.numbers(level, blocks, room, to, scratch.bytes.data);
         // Blocks that are not there meet zeros, and must not be NaN.

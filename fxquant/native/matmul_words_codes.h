@@ -7,7 +7,8 @@ namespace {
 struct CodeWords : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, WORDS = PANEL / 4; // columns, and words of them
     static constexpr int64_t TOGETHER = 2;      // panels
-    static constexpr int64_t NUMBERS = 3;       // of a step of a row of x: what sums begin with, the sum of codes, their scale
+    static constexpr int OF_NIBBLES = 2;        // words that are made of one of 4 bits
+    static constexpr int64_t NUMBERS = 3;       // of a step of a row of x: what sums lack, the sum of codes, their scale
     static constexpr bool rounded = false;      // weights are not, with their scales
     static constexpr bool ADDS_OFFSETS = false; // to sums, as they are: `settle` does
 
@@ -55,24 +56,28 @@ struct CodeWords : Panels {
     }
 
     // One of the numbers of a step.
-    template <class T> static T number(const char* x, int64_t s, int64_t t, int64_t i) {
-        return read<T>(x + ((WORDS + s * NUMBERS + i) * TOKENS + t) * sizeof(T));
+    template <class T> static T number(const char* of_step, int64_t t, int64_t i) {
+        return read<T>(of_step + (i * TOKENS + t) * sizeof(T));
     }
 
-    static Z start(const char* x, int64_t s, int64_t t) { return _mm512_set1_epi32(number<int32_t>(x, s, t, 0)); }
+    // What sums of a step lack. They do not begin with it, since that takes longer than to begin with zeros.
+    static Z missing(const char* of_step, int64_t t) { return _mm512_set1_epi32(number<int32_t>(of_step, t, 0)); }
 
     static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) {
         asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     }
 
-    static F added(F total, Z sum, F scale) { return multiply_add((F)_mm512_cvtepi32_ps(sum), scale, total); }
+    static F added(F total, Z sum, Z missing, F scale) {
+        return multiply_add((F)_mm512_cvtepi32_ps(_mm512_add_epi32(sum, missing)), scale, total);
+    }
 
-    void settle(const char* x, int64_t s, int64_t t, const Z* found, const float* scales, const float* offsets,
+    void settle(const char* of_step, int64_t t, const Z* found, const float* scales, const float* offsets,
                 float* totals) const {
-        const F of_x = all(number<float>(x, s, t, 1)), scale_of_x = all(number<float>(x, s, t, 2));
+        const F of_x = all(number<float>(of_step, t, 1)), scale_of_x = all(number<float>(of_step, t, 2));
         for (int64_t i = 0; i < AT_ONCE; i += LANES) {
-            const F total = load(totals + i), sum = (F)_mm512_cvtepi32_ps(found[i / LANES]), scale = load(scales + i);
-            if (inputs.whole) store(totals + i, (F)_mm512_add_epi32((Z)total, found[i / LANES]));
+            const Z whole = _mm512_add_epi32(found[i / LANES], missing(of_step, t));
+            const F total = load(totals + i), sum = (F)_mm512_cvtepi32_ps(whole), scale = load(scales + i);
+            if (inputs.whole) store(totals + i, (F)_mm512_add_epi32((Z)total, whole));
             else if (job.zero)
                 store(totals + i,
                       add_sum<true>(total, sum, scale, load(offsets + i), of_x, scale_of_x, job.zero, one_scale));
@@ -80,8 +85,8 @@ struct CodeWords : Panels {
         }
     }
 
-    void finish(const char* x, int64_t t, const float* scales, float* totals) const {
-        const F own = all(number<float>(x, 0, t, 2));
+    void finish(const char* of_step, int64_t t, const float* scales, float* totals) const {
+        const F own = all(number<float>(of_step, t, 2));
         for (int64_t i = 0; one_scale && i < AT_ONCE; i += LANES) {
             F total = load(totals + i);
             if (inputs.whole) total = (F)_mm512_cvtepi32_ps((Z)total) * load(scales + i);
@@ -90,7 +95,22 @@ struct CodeWords : Panels {
     }
 
     void decode(int64_t panel, const Scratch& scratch, Z* to, Ahead& ahead) const {
-        decode_bytes(panel, scratch, to, ahead);
+        decode_bytes<false>(panel, scratch, to, ahead);
+    }
+
+    static void round(int64_t, const Z*, const Scratch&, Z*) {}
+
+    static Z key() { return _mm512_set1_epi8(15); }
+
+    // The codes of a word that are first of two, or second. In the order in which it is written, as products are.
+    template <int I> static __attribute__((always_inline)) Z of_nibbles(const Z* word, Z low) {
+        Z to;
+        if constexpr (I == 0) asm volatile("vpandd %1, %2, %0" : "=v"(to) : "m"(*word), "v"(low));
+        else {
+            asm volatile("vpsrld $4, %1, %0" : "=v"(to) : "m"(*word));
+            asm volatile("vpandd %1, %0, %0" : "+v"(to) : "v"(low));
+        }
+        return to;
     }
 };
 

@@ -1,6 +1,6 @@
 // Products of bfloat16 with bfloat16, two columns at a time (AVX512-BF16), where there are no matrix units: x is that, and
 // so are integers and small floats as they are; values of other tables are rounded to it. Sums are in float32. With many
-// rows weights of 4 bits meet scales of short blocks, and offsets, before, and are rounded.
+// rows weights of 4 bits meet scales of short blocks, and offsets that change often, before, and are rounded.
 
 #ifdef FXQUANT_BFLOAT16
 
@@ -10,8 +10,9 @@ namespace {
 
 struct FloatWords : Panels {
     static constexpr int64_t PANEL = 128, WORDS = PANEL / 2; // columns, and words of them
-    static constexpr int QUARTERS = 4;                       // of a panel, as its codes are read
     static constexpr int64_t TOGETHER = 1;                   // panels
+    static constexpr int OF_NIBBLES = 4;                     // words that are made of one of 4 bits
+    static constexpr int64_t NUMBERS = 1;                    // of a step of a row of x, where there are offsets: its sum
     static constexpr bool ADDS_OFFSETS = true;               // to sums of a step, times the sum of x
 
     static constexpr int64_t FEW_ROWS = 32;                  // of x, with which weights are not rounded
@@ -27,13 +28,13 @@ struct FloatWords : Panels {
 
     explicit FloatWords(const Product& j)
         : Panels(j), panels((j.columns + PANEL - 1) / PANEL), rounded(rounds(j)), step(rounded ? PANEL : step_of(j)),
-          per(PANEL / step), stride((WORDS + (rounded || !j.zero ? 0 : per)) * TOKENS * 4),
+          per(PANEL / step), stride((WORDS + (rounded || !j.zero ? 0 : per * NUMBERS)) * TOKENS * 4),
           units((panels * stride + 63) / 64), plain(rounded || !j.zero), tables(j) {}
 
-    // With many rows of x it takes longer to bring sums and scales together than to round weights.
+    // With many rows of x it takes longer to bring sums and scales together than to round weights, where they meet often.
     static bool rounds(const Product& job) {
-        const bool in_blocks = job.bits == 4 && job.block < job.columns && (job.zero || step_of(job) < PANEL);
-        return in_blocks && job.slots > FEW_ROWS * job.experts;
+        const bool in_blocks = job.bits == 4 && job.block < job.columns;
+        return in_blocks && step_of(job) < (job.zero ? PANEL : PANEL / 2) && job.slots > FEW_ROWS * job.experts;
     }
 
     // Rows of x, in the order in which codes come out of words of a row: of 4 bits, of every 8 columns the first and the
@@ -81,13 +82,13 @@ struct FloatWords : Panels {
 
     static __attribute__((always_inline)) void add(Z& sum, Z w, Z x) { add_pairs(sum, w, x); }
 
-    // What the sums of a step begin with.
-    static Z start(const char*, int64_t, int64_t) { return Z{}; }
+    // What sums of a step lack.
+    static Z missing(const char*, int64_t) { return Z{}; }
 
     // The total and a plain sum.
-    static F added(F total, Z sum, F scale) { return multiply_add((F)sum, scale, total); }
+    static F added(F total, Z sum, Z, F scale) { return multiply_add((F)sum, scale, total); }
 
-    static F sum_of_x(const char* x, int64_t s, int64_t t) { return all(((const float*)x)[(WORDS + s) * TOKENS + t]); }
+    static F sum_of_x(const char* of_step, int64_t t) { return all(((const float*)of_step)[t]); }
 
     // Zeros become offsets behind scales.
     void prepare(Scratch& scratch) const {
@@ -98,47 +99,56 @@ struct FloatWords : Panels {
 
     static void finish(const char*, int64_t, const float*, float*) {}
 
-    void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        if (rounded)
-            with_constant<3>(job.zero + 1, [&](auto n) { decode_rounded<n - 1>(panel, scratch, to_panel, ahead); });
-        else with_values(job, [&](auto values) { decode<values>(panel, scratch, to_panel, ahead); });
+    Z key() const { return tables.low; }
+
+    // Two values of each word, of codes that are I and I + 4 in it. In the order in which it is written, as products are.
+    template <int I> static __attribute__((always_inline)) Z of_nibbles(const Z* word, Z table) {
+        Z codes, to;
+        if constexpr (I == 0) codes = loaded_in_order(word);
+        else asm volatile("vpsrlw %2, %1, %0" : "=v"(codes) : "m"(*word), "i"(4 * I));
+        asm volatile("vpermw %2, %1, %0" : "=v"(to) : "v"(codes), "v"(table));
+        return to;
+    }
+
+    void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead&) const {
+        with_values(job, [&](auto values) {
+            if constexpr (values != Values::NIBBLES) decode<values>(panel, scratch, to_panel);
+        });
     }
 
     template <Values VALUES>
-    __attribute__((noinline)) void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        constexpr int PER = VALUES == Values::NIBBLES ? 4 : 2; // words that are made of one
+    __attribute__((noinline)) void decode(int64_t panel, const Scratch& scratch, Z* to_panel) const {
         for (int v = 0; v < VECTORS; v++)
-            for (int64_t part = 0; part < QUARTERS; part += PER) {
+            for (int64_t half = 0; half < 2; half++) {
                 Z words[16];
-                read_words(scratch, v, panel * PANEL + part * 32, words);
-                Z* const to = to_panel + part * WORDS / QUARTERS * VECTORS + v;
-                if (part == 0) ahead.ask(Ahead::PER_VECTOR);
+                read_words(scratch, v, panel * PANEL + half * PANEL / 2, words);
+                Z* const to = to_panel + half * WORDS / 2 * VECTORS + v;
 #pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) {
-#pragma GCC unroll 4
-                    for (int j = 0; j < PER; j++) to[(i * PER + j) * VECTORS] = tables.two<VALUES>(words[i], j);
-                }
+                for (int i = 0; i < 16; i++)
+                    for (int j = 0; j < 2; j++) to[(2 * i + j) * VECTORS] = tables.two<VALUES>(words[i], j);
             }
     }
 
-    // The same, 8 weights of each row from a word.
+    void round(int64_t panel, const Z* words, const Scratch& scratch, Z* to_panel) const {
+        with_constant<3>(job.zero + 1, [&](auto n) { round<n - 1>(panel, words, scratch, to_panel); });
+    }
+
+    // 8 weights of each row from a word.
     template <int ZERO>
-    __attribute__((noinline)) void decode_rounded(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
+    __attribute__((noinline)) void round(int64_t panel, const Z* words, const Scratch& scratch, Z* to_panel) const {
         const F of_codes = load(job.values);
         // Halves away from zero, since that takes fewer steps than to even.
         const auto rounded = [](F weight) { return _mm512_add_epi32((Z)weight, _mm512_set1_epi32(0x8000)); };
         const Z numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const Z higher = _mm512_add_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(0x20002)), _mm512_set1_epi32(0x210001));
-        for (int v = 0; v < VECTORS; v++) {
-            Z words[16];
-            read_words(scratch, v, panel * PANEL, words);
-            ahead.ask(Ahead::PER_VECTOR);
-            for (int i = 0; i < 16; i++) {
-                const int64_t block = std::min((panel * PANEL + 8 * i) / job.block, blocks - 1) * AT_ONCE + v * LANES;
-                const F scale = load(scratch.scales_by_block.data + block);
-                const F offset = ZERO ? load(scratch.offsets_by_block.data + block) : F{};
+        for (int i = 0; i < 16; i++) {
+            const int64_t block = std::min((panel * PANEL + 8 * i) / job.block, blocks - 1) * AT_ONCE;
+            for (int v = 0; v < VECTORS; v++) {
+                const U word = (U)words[i * VECTORS + v];
+                const F scale = load(scratch.scales_by_block.data + block + v * LANES);
+                const F offset = ZERO ? load(scratch.offsets_by_block.data + block + v * LANES) : F{};
                 const auto weight = [&](int j) __attribute__((always_inline)) {
-                    const F value = look_up_low(of_codes, (U)words[i] >> (uint32_t)(4 * j));
+                    const F value = look_up_low(of_codes, word >> (uint32_t)(4 * j));
                     if (ZERO == 0) return value * scale;
                     return ZERO == 1 ? (value - offset) * scale : multiply_add(value, scale, offset);
                 };
