@@ -23,14 +23,20 @@ __all__ = [
     "compile_cpp",
     "compile_graph",
     "constant",
+    "fields",
     "from_template",
+    "gathered",
     "has_bfloat16_products",
+    "indices",
     "is_size",
     "likely_size",
     "lowered",
     "once_for",
     "pytree",
+    "quotient",
     "realized",
+    "remainder",
+    "row_sums",
     "searches_kernels",
     "side_by_side",
     "sorted_by_remainder",
@@ -108,6 +114,105 @@ def constant(tensor: Tensor) -> Any:
     from torch._inductor.virtualized import V
 
     return V.graph.add_tensor_constant(tensor)
+
+
+def gathered(value: Any, size: Sequence[int], place: Callable[..., Sequence[Any]]) -> Any:
+    """`result[i, j, ...] = value[place(i, j, ...)]`, computed where it is read. Divisions are `quotient`'s.
+
+    `Pointwise.create(device=, dtype=, inner_fn=, ranges=)` and `make_loader`: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.ir import Pointwise
+
+    load = value.make_loader()
+
+    def inner(index: Sequence[Any]) -> Any:
+        return load(place(*index))
+
+    return Pointwise.create(device=value.get_device(), dtype=value.get_dtype(), inner_fn=inner, ranges=list(size))
+
+
+def fields(value: Any, bits: int, size: Sequence[int], place: Callable[..., Sequence[Any]]) -> Any:
+    """As `gathered`, of unsigned fields of 1 to 32 bits that rows of bytes hold as a stream: int32, if wider int64.
+
+    `place` gives a row and the number of a field in it. Functions of `ops` in loops: read in torch 2.11, 2.13.
+    """
+    from torch._inductor.ir import Pointwise
+    from torch._inductor.virtualized import ops as loop
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    load = value.make_loader()
+    spanned = max((start + bits + 7) // 8 for start in range(0, 8, math.gcd(bits, 8)))
+    kind = torch.int32 if 8 * spanned < 32 else torch.int64
+
+    def inner(index: Sequence[Any]) -> Any:
+        row, number = place(*index)
+        first, last = number * bits, number * bits + bits - 1
+        found = loop.to_dtype(load([row, FloorDiv(first, 8)]), kind)
+        for i in range(1, spanned):
+            # A field that ends earlier: its last byte again, above what is looked at.
+            byte = FloorDiv(last, 8) if i == spanned - 1 else FloorDiv(first, 8) + i
+            above = loop.to_dtype(load([row, byte]), kind)
+            found = loop.bitwise_or(found, loop.bitwise_left_shift(above, loop.constant(8 * i, kind)))
+        shift = loop.index_expr(ModularIndexing(first, 1, 8), kind)
+        return loop.bitwise_and(loop.bitwise_right_shift(found, shift), loop.constant((1 << bits) - 1, kind))
+
+    return Pointwise.create(device=value.get_device(), dtype=kind, inner_fn=inner, ranges=list(size))
+
+
+def row_sums(value: Any) -> Any:
+    """`value.sum([1, 2, ...])`, computed by one kernel, a row at a time by neighbouring threads.
+
+    Inductor would take reads with gaps, as of three bytes for four codes, for reads of columns, and sum in two kernels.
+    `Reduction.create`, hints, `config.split_reductions`: read in torch 2.11, 2.13.
+    """
+    from torch._inductor import config
+    from torch._inductor.ir import Reduction
+    from torch._inductor.runtime.hints import ReductionHint
+
+    load, (rows, *rest) = value.make_loader(), value.get_size()
+
+    def inner(index: Sequence[Any], reduced: Sequence[Any]) -> Any:
+        return load([*index, *reduced])
+
+    with config.patch(split_reductions=False):
+        result = Reduction.create(
+            device=value.get_device(),
+            dst_dtype=value.get_dtype(),
+            src_dtype=value.get_dtype(),
+            inner_fn=inner,
+            ranges=[rows],
+            reduction_ranges=rest,
+            reduction_type="sum",
+            reduction_hint=ReductionHint.INNER,
+            input_node=value,
+        )
+    result.realize()
+    return result
+
+
+def indices(device: torch.device, size: Sequence[int], place: Callable[..., Any]) -> Any:
+    """`result[i, j, ...] = place(i, j, ...)`, int64, computed where it is read. Read in torch 2.11, 2.13."""
+    from torch._inductor.ir import Pointwise
+    from torch._inductor.virtualized import ops as loop
+
+    def inner(index: Sequence[Any]) -> Any:
+        return loop.index_expr(place(*index), torch.int64)
+
+    return Pointwise.create(device=device, dtype=torch.int64, inner_fn=inner, ranges=list(size))
+
+
+def quotient(index: Any, size: int) -> Any:
+    """The whole part of an index divided by a size: `FloorDiv`, read in torch 2.11, 2.13."""
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(index, size)
+
+
+def remainder(index: Any, size: int) -> Any:
+    """The remainder of an index divided by a size: `ModularIndexing`, read in torch 2.11, 2.13."""
+    from torch.utils._sympy.functions import ModularIndexing
+
+    return ModularIndexing(index, 1, size)
 
 
 def side_by_side(values: Sequence[Any]) -> Any:

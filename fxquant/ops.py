@@ -30,7 +30,7 @@ from fxquant.op_registration import define, with_autocast
 from fxquant.quantized_matmul import multiply
 from fxquant.scheme import Scheme
 
-ABI = 5
+ABI = 6
 """Number of the ops' contract, an argument of every op and so a part of every compile-cache key.
 
 Inductor's cache does not know the source of our kernels: raise this when a kernel, its packing or its meaning changes.

@@ -44,36 +44,69 @@ FUSED = {
     "narrow 16 int4-g128": (2, 1),
     "narrow 64 int4-g64-asym symbolic": (2, 1),
     # Experts of a few tokens: gate, up and their product in one kernel, as is down.
+    # Formats of several levels, of other widths, of blocks of several rows: one row, then a few.
+    "plain 1 q4_k": (2, 1),
+    "plain 1 q6_k": (2, 1),
+    "plain 1 nvfp4": (2, 1),
+    "plain 1 nf4-dq": (2, 1),
+    "gated 1 int3-g64": (2, 1),
+    "plain 1 fp8": (1, 1),
+    "gated 1 fp8-b128x128": (1, 1),
+    "plain 1 int4-b8x128": (2, 1),
+    "plain 1 iq2_xs": (1, 1),
+    "plain 1 tq1_0": (1, 1),
+    "plain 1 int4-g64-perm": (2, 1),
+    "epilogue 16 fp8": (1, 1),
+    "epilogue 16 int2-g64": (1, 1),
+    # Scales and biases are computed first, for one kernel that reads them.
+    "plain 8 nf4-dq": (2, 2),
+    "plain 8 q4_k": (3, 3),
+    "plain 8 fp8-b128x128": (2, 1),
+    "experts 1 q4_k": (2, 1),
+    "experts 1 fp8-b128x128": (1, 1),
     "experts 4 nf4": (2, 1),
     "gated_experts 1 int4-g128": (4, 2),
     "gated_experts 4 int4-g64-asym": (4, 2),
 }
 """Graph: kernels, and how many of them read a weight; nothing else is called."""
 DECODED = {"plain 512 int4-g128": 2, "plain 512 nf4": 2, "wide 8 int4-g128": 1, "plain 512 uint8-g64": 2}
+DECODED |= {"plain 8 int3-g64": 2, "plain 8 q6_k": 2, "plain 512 nf4-dq": 2, "plain 8 iq2_xs": 2, "plain 8 tq1_0": 2}
 """Graph: kernels beside one product of the library's."""
 ROUTES = {1: (6, 4), 64: (9, 7)}
 """Rows: kernels of a decoder's layer, and how many of them read a weight. Two are norms. Of one row, seven linears are
 q with k and v, o, gate with up, and down, with all that stands between."""
-AS_IT_IS = [
-    "plain 8 nf4-dq",
-    "plain 1 q4_k",
-    "plain 8 int3-g64",
-    "plain 1 fp8",
-    "plain 8 int8+int8",
-    "plain 1 int4-b8x128",
-    "experts 1 q4_k",
-    "experts 64 int4-g128",
-    "gated_experts 64 int4-g128",
-]
+AS_IT_IS = ["plain 8 int8+int8", "experts 64 int4-g128", "experts 1 tq1_0", "gated_experts 64 int4-g128"]
 COMPILED = ["gated 1 int4-g128", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128", "narrow 16 int4-g128"]
-COMPILED += ["plain 64 nf4", "plain 32 int4-g32-asym", "plain 64 int8"]
+COMPILED += [
+    "plain 1 q4_k",
+    "gated 1 fp8",
+    "epilogue 16 fp8",
+    "plain 64 nf4",
+    "plain 32 int4-g32-asym",
+    "plain 64 int8",
+]
 WIDE_LOADS = 12
 """So many loads of sixteen bytes does a thread make for gate and up: 4 of codes and, for both weights, 8 of x."""
 CAPABILITIES = [80, 90, 100]
 MOST_SHARED = 99 << 10
 """Bytes of shared memory that a block may have on every GPU from compute capability 8.0 on."""
 
+VECTORS = ["iq1_s", "iq2_xxs", "iq2_xs", "iq3_s", "vq8.8x8", "vq16.12x8", "vq10x4r3c2", "vq12x8-colscale-colbias"]
 INTEGERS = ["int4-g128", "int4-g64-asym", "uint4-g32", "int4-g32-fzero", "q4_1", "int8", "int8-g32-asym", "uint8-g16"]
+FLOATS = ["fp8", "fp8e5m2", "mxfp8", "fp8-b16x128"]
+LEVELS = ["nf4-dq", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "int4-b8x128-asym", "nf4-g64-e4m3*fp32"]
+WIDTHS = [
+    "int2-g64",
+    "int3-g64-asym",
+    "int5-g32-fzero",
+    "int6-g64",
+    "uint3-g32-bias",
+    "q1_0",
+    "q2_0",
+    "mxfp6",
+    "bitnet",
+]
+IRREGULAR = ["trit-g64", "tq1_0", "int4-g64-perm", "int8-tensor", "int4-flat64-asym", "int8-b8x64-bias"]
 TABLES = ["nf4", "fp4", "mxfp4", "iq4_nl", "table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2,4,8)-g32-fp32"]
 
 
@@ -85,7 +118,21 @@ def _numbers() -> list[list[Any]]:
         found.append([spelling, 1, [50], 256, half, True, False])
         found.append([spelling, 5, [50], 384, half, True, False])
         found.append([spelling, 33, [33], 128, other, False, False])
+    for i, spelling in enumerate(FLOATS + LEVELS + WIDTHS + IRREGULAR):
+        half = "bfloat16" if i % 2 else "float16"
+        found.append([spelling, 1, [34], 256, half, True, False])
+        found.append([spelling, 5, [18, 16], 256, half, i % 3 == 0, False])
+    for spelling in VECTORS:
+        found.append([spelling, 1, [24], 512, "bfloat16", False, False])
+        found.append([spelling, 3, [24], 512, "float16", False, False])
     found += [
+        # blocks that straddle rows, blocks at the end of a row that are smaller, fields that end within a byte
+        ["nf4", 1, [19], 96, "bfloat16", False, False],
+        ["nf4-dq", 3, [19], 200, "bfloat16", False, False],
+        ["int4-flat64-asym", 1, [19], 100, "float32", True, False],
+        ["fp8-b16x128", 3, [19], 200, "bfloat16", False, False],
+        ["int3-row", 1, [19], 50, "float32", False, False],
+        ["int3-row", 3, [19], 50, "bfloat16", False, False],
         ["int4-g128", 1, [7], 128, "float32", True, False],  # one group is all of K
         ["nf4", 1, [1], 64, "float32", False, False],
         ["int4-g96-asym", 3, [18], 96, "bfloat16", False, False],  # a group that is no power of two

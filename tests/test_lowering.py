@@ -17,24 +17,37 @@ from torch._inductor.utils import run_and_get_code
 from fxquant.codecs import quantize
 from fxquant.lowering import dispatch, linear
 from fxquant.lowering.dispatch import WAYS, ways
-from fxquant.lowering.formats import format_of
+from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.shapes import Choice, Shape, Tile, choices, parse, splits, stored
 from fxquant.lowering.tiles_source import Variant, source
 from fxquant.ops import ABI
-from fxquant.scheme import Scheme, Zero
+from fxquant.scheme import ELEMENTS, NAMES, Scheme, Zero
 
 COVERED = {
-    "int4-g128": (4, -8, 128),
-    "int4-g64-asym": (4, 0, 64),
-    "int4-g32-fzero": (4, -8, 32),
-    "uint4-g32": (4, 0, 32),
-    "q4_1": (4, 0, 32),
-    "int8": (8, 0, 256),
-    "nf4": (4, 0, 64),
-    "mxfp4": (4, 0, 32),
+    "int4-g128": (4, -8, 128, True, True),
+    "int4-g64-asym": (4, 0, 64, True, True),
+    "int4-g32-fzero": (4, -8, 32, True, True),
+    "uint4-g32": (4, 0, 32, True, True),
+    "q4_1": (4, 0, 32, True, True),
+    "int8": (8, 0, 256, True, True),
+    "nf4": (4, 0, 64, True, True),
+    "mxfp4": (4, 0, 32, True, True),
+    "fp8": (8, 0, 256, True, True),
+    "int3-g64": (3, -4, 64, True, True),
+    "int5-g4": (5, -16, 4, True, True),
+    "int3-g2": (3, -4, 2, True, False),
+    "nf4-dq": (4, 0, 64, False, True),
+    "nf4-flat96": (4, 0, 32, False, True),
+    "q4_k": (4, 0, 32, False, True),
+    "nvfp4": (4, 0, 16, False, True),
+    "int4-b8x128": (4, -8, 128, False, True),
+    "int4-flat64-asym": (4, 0, 64, False, True),
+    "int4-g64-perm": (4, -8, 64, True, True),
+    "trit-g64": (2, -1, 64, True, False),
+    "iq2_xs": (9, 0, 16, False, False),
 }
-"""Scheme: bits, addend and group of its format, of a weight with 256 columns."""
-NOT_COVERED = ["nf4-dq", "q4_k", "nvfp4", "int3-g64", "fp8", "int8+int8", "int4-g64-perm", "int8-tensor", "ternary"]
+"""Scheme: bits, addend and group of its format, of a weight with 256 columns, whether scales stand in their plane as
+kernels read them, and whether groups consist of whole bytes."""
 PROBE = """
 import sys, torch, fxquant.ops
 from fxquant.scheme import Scheme
@@ -53,16 +66,17 @@ def test_nothing_is_imported_before_inductor_is() -> None:
 def test_formats(spelling: str) -> None:
     form = format_of(Scheme.parse(spelling), 32, 256)
     assert form is not None
-    assert (form.bits, form.low, form.group) == COVERED[spelling]
+    assert (form.bits, form.low, form.group, form.direct, form.in_units) == COVERED[spelling]
 
 
-@pytest.mark.parametrize("spelling", NOT_COVERED)
-def test_other_schemes_have_none(spelling: str) -> None:
-    assert format_of(Scheme.parse(spelling), 256, 256) is None
+@pytest.mark.parametrize("spelling", [*NAMES, *ELEMENTS, "vq8x8"])
+def test_every_way_to_store_weights_has_a_format(spelling: str) -> None:
+    scheme = Scheme.parse(spelling)
+    assert (format_of(scheme, 256, 512) is None) == (scheme.activation is not None)
 
 
-@pytest.mark.parametrize(("n", "k"), [(8, 96), (0, 64), (8, 0)])
-def test_flat_blocks_that_straddle_rows_and_empty_weights_have_none(n: int, k: int) -> None:
+@pytest.mark.parametrize(("n", "k"), [(0, 64), (8, 0)])
+def test_empty_weights_have_none(n: int, k: int) -> None:
     assert format_of(Scheme.parse("nf4"), n, k) is None
 
 
@@ -73,25 +87,36 @@ def test_scales_come_last_where_codes_are_exact() -> None:
     assert {name: form.exact(torch.bfloat16) for name, form in found.items() if form} == wanted
 
 
-@given(st.integers(1, 10_000), st.sampled_from([4, 8]), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-def test_every_product_on_a_gpu_has_a_way(rows: int, bits: int, dtype: torch.dtype) -> None:
+def _format(spelling: str) -> Format:
+    form = format_of(Scheme.parse(spelling), 64, 512)
+    assert form is not None
+    return form
+
+
+@given(
+    st.integers(1, 10_000),
+    st.sampled_from(["int4-g128", "int8", "int3-g64", "q4_k", "fp8", "trit-g64", "vq8x8"]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_every_product_on_a_gpu_has_a_way(rows: int, spelling: str, dtype: torch.dtype) -> None:
+    form = _format(spelling)
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)):
-        found = ways(torch.device("cuda"), bits, dtype, rows)
+        found = ways(torch.device("cuda"), form, dtype, rows)
     assert found[-1] == "decoded"
     assert ("gemv" in found) == (rows == 1)
-    assert "tiles" not in found or dtype != torch.float32
+    assert "tiles" not in found or (dtype != torch.float32 and form.in_units)
 
 
 def test_old_gpus_have_no_tiles() -> None:
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)):
-        assert ways(torch.device("cuda"), 4, torch.float16, 8) == ("decoded",)
+        assert ways(torch.device("cuda"), _format("int4"), torch.float16, 8) == ("decoded",)
 
 
 @pytest.mark.parametrize(("name", "hip"), [("cpu", None), ("xpu", None), ("cuda", "6.4")])
 def test_other_devices_have_no_way(name: str, hip: str | None) -> None:
     assert set(WAYS) == {"cuda"}
     with mock.patch.object(torch.version, "hip", hip):
-        assert ways(torch.device(name), 4, torch.bfloat16, 1) == ()
+        assert ways(torch.device(name), _format("int4"), torch.bfloat16, 1) == ()
 
 
 @given(st.integers(1, 10_000))
@@ -138,8 +163,9 @@ def test_few_programs_are_split() -> None:
 
 
 def test_every_variant_has_a_name_and_a_source_of_its_own() -> None:
-    flags = itertools.product([4, 8], get_args(Zero), *[[False, True]] * 5)
-    variants = [Variant(*values) for values in flags]
+    kinds = [(False, None), (True, None), (False, torch.float8_e4m3fn), (False, torch.float8_e5m2)]
+    flags = itertools.product([2, 4, 8], get_args(Zero), kinds, *[[False, True]] * 4)
+    variants = [Variant(bits, zero, *kind, *rest) for bits, zero, kind, *rest in flags]
     assert len({variant.name for variant in variants}) == len(variants)
     for variant in variants:
         text = source(variant)
@@ -170,7 +196,7 @@ def test_readers_of_one_row_have_it_each_in_their_own_order(
     spellings: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The loops of a GPU's way at one row, compiled for a CPU.
-    way = {"cpu": (dispatch.Span("gemv", (4, 8), (torch.float32,), 1),)}
+    way = {"cpu": (dispatch.Span("gemv", None, (torch.float32,), 1),)}
     for module in (dispatch, linear):
         monkeypatch.setattr(module, "WAYS", way)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

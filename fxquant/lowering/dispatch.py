@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from fxquant.lowering.formats import Format
+
 Way = Literal["gemv", "tiles", "decoded"]
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -24,8 +26,8 @@ class Span:
     """Inputs that go one way."""
 
     way: Way
-    bits: tuple[int, ...]
-    """Of a code."""
+    bits: tuple[int, ...] | None
+    """Of a code; None: any."""
     dtypes: tuple[torch.dtype, ...]
     """Of the input."""
     most: int | None
@@ -37,11 +39,11 @@ class Span:
 WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
     {
         "cuda": (
-            Span("gemv", (4, 8), (*_HALVES, torch.float32), 1),
-            Span("tiles", (4,), _HALVES, 192, 80),
+            Span("gemv", None, (*_HALVES, torch.float32), 1),
+            Span("tiles", (2, 4), _HALVES, 192, 80),
             Span("tiles", (8,), _HALVES, 128, 80),
             # Tensor cores would round float32 inputs to tf32: these go to the library, which asks the user.
-            Span("decoded", (4, 8), (*_HALVES, torch.float32), None),
+            Span("decoded", None, (*_HALVES, torch.float32), None),
         )
     }
 )
@@ -55,10 +57,11 @@ EXPERT_SLOTS = 64
 planes, and the op, which decodes an expert once for several slots, stays as it is."""
 
 
-def ways(device: torch.device, bits: int, dtype: torch.dtype, rows: int) -> tuple[Way, ...]:
+def ways(device: torch.device, form: Format, dtype: torch.dtype, rows: int) -> tuple[Way, ...]:
     """The ways that such a product may go, the best first."""
-    spans = WAYS.get(kind_of(device), ())
-    fitting = [s for s in spans if bits in s.bits and dtype in s.dtypes and (s.most is None or rows <= s.most)]
+    spans = [s for s in WAYS.get(kind_of(device), ()) if s.bits is None or form.bits in s.bits]
+    spans = [s for s in spans if form.in_units or s.way != "tiles"]
+    fitting = [s for s in spans if dtype in s.dtypes and (s.most is None or rows <= s.most)]
     if not fitting:
         return ()
     major, minor = torch.cuda.get_device_capability(device)

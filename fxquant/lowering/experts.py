@@ -17,8 +17,8 @@ import torch
 from fxquant.inductor import add_lowering, as_it_is, lowered
 from fxquant.lowering.dispatch import EXPERT_SLOTS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
-from fxquant.lowering.gemv import by_field, row_products
-from fxquant.lowering.values import aten, cast
+from fxquant.lowering.gemv import by_place, row_products
+from fxquant.lowering.values import Weights, aten, cast
 from fxquant.scheme import Scheme
 
 
@@ -68,46 +68,54 @@ def lower_gated(
 
 @dataclass(frozen=True)
 class _Stack:
-    """Weights `[experts, n, k]` of one format."""
+    """What kernels read of weights `[experts, n, k]`, each `[experts, n, ...]`."""
 
-    planes: Sequence[Any]
-    """Each `[experts, n, numbers of a row]`."""
+    codes: Any
+    scales: Any
+    offsets: Any | None
     form: Format
     n: int
     k: int
-    experts: int
 
     def rows(self, first: int, count: int) -> _Stack:
         """So many rows of every weight."""
-        planes = [lowered(aten.slice, plane, 1, first, first + count) for plane in self.planes]
-        return replace(self, planes=planes, n=count)
+        codes, scales, offsets = (
+            None if part is None else lowered(aten.slice, part, 1, first, first + count)
+            for part in (self.codes, self.scales, self.offsets)
+        )
+        return replace(self, codes=codes, scales=scales, offsets=offsets, n=count)
 
     def product(self, x: Any, ids: Any, bias: Any | None) -> Any:
         """`[T, slots, n]`, in the dtype of x, for x `[T, k]` or `[T, slots, k]`."""
         tokens, slots = (int(size) for size in ids.get_size())
-        rows, form = tokens * slots * self.n, self.form
+        rows = tokens * slots * self.n
         flat = lowered(aten.view, ids, [tokens * slots])
-        present = _present(flat, self.experts)
+        present = _present(flat, int(self.codes.get_size()[0]))
         known = lowered(aten.where, present, flat, 0)
-        own = [lowered(aten._unsafe_index.Tensor, plane, [known]) for plane in self.planes]
-        own = [lowered(aten.view, plane, [rows, plane.get_size()[2]]) for plane in own]
-        y = lowered(aten.view, row_products(self._inputs(x, tokens, slots), own, form, rows, self.k), [-1, self.n])
+
+        def own(part: Any) -> Any:
+            gathered = lowered(aten._unsafe_index.Tensor, part, [known])
+            return lowered(aten.view, gathered, [rows, part.get_size()[2]])
+
+        offsets = None if self.offsets is None else own(self.offsets)
+        y = row_products(self._inputs(x, tokens, slots), own(self.codes), own(self.scales), offsets, self.form)
+        y = lowered(aten.view, y, [-1, self.n])
         if bias is not None:
             y = lowered(aten.add, y, cast(lowered(aten._unsafe_index.Tensor, bias, [known]), torch.float32))
         y = lowered(aten.where, lowered(aten.unsqueeze, present, 1), y, 0.0)
         return lowered(aten.view, cast(y, x.get_dtype()), [tokens, slots, self.n])
 
     def _inputs(self, x: Any, tokens: int, slots: int) -> list[Any]:
-        """Of each field, the inputs of every row of every slot: `[rows, groups, width]`."""
-        per_byte, per_token = self.form.per_byte, 1 if len(x.get_size()) == 2 else slots
-        shape = [self.k // self.form.group, self.form.group // per_byte]
+        """Of each code of a unit, the inputs of every row of every slot: `[rows, groups, units]`."""
+        per_unit, per_token = self.form.per_unit, 1 if len(x.get_size()) == 2 else slots
+        shape = [self.k // self.form.group, self.form.group // per_unit]
         fields = lowered(
-            aten.view, by_field(x, self.form, tokens * per_token * self.k), [per_byte, tokens, per_token, 1, *shape]
+            aten.view, by_place(x, self.form, tokens * per_token * self.k), [per_unit, tokens, per_token, 1, *shape]
         )
-        wide = lowered(aten.expand, fields, [per_byte, tokens, slots, self.n, *shape])
+        wide = lowered(aten.expand, fields, [per_unit, tokens, slots, self.n, *shape])
         return [
             lowered(aten.view, lowered(aten.select, wide, 0, i), [tokens * slots * self.n, *shape])
-            for i in range(per_byte)
+            for i in range(per_unit)
         ]
 
 
@@ -120,12 +128,11 @@ def _stack(x: Any, ids: Any, planes: Sequence[Any], spelling: str, n: int, k: in
     sizes = [*ids.get_size(), *x.get_size()]
     if not all(str(size).isdigit() for size in sizes) or kind_of(x.get_device()) not in WAYS or not spelling:
         return None
-    slots, form = math.prod(map(int, ids.get_size())), format_of(Scheme.parse(spelling), n, k)
-    if form is None or not 0 < slots <= EXPERT_SLOTS or not experts:
+    scheme = Scheme.parse(spelling)
+    slots, form = math.prod(map(int, ids.get_size())), format_of(scheme, n, k)
+    if form is None or not form.in_units or scheme.columns or not 0 < slots <= EXPERT_SLOTS or not experts:
         return None
-    # Fields of flat blocks are packed across rows: a row need not have bytes of its own.
-    by_row = [math.prod(map(int, plane.get_size()[1:])) for plane in planes]
-    if any(count % n for count in by_row) or "gemv" not in ways(x.get_device(), form.bits, x.get_dtype(), 1):
+    if "gemv" not in ways(x.get_device(), form, x.get_dtype(), 1):
         return None
-    viewed = [lowered(aten.view, plane, [experts, n, c // n]) for plane, c in zip(planes, by_row, strict=True)]
-    return _Stack(viewed, form, n, k, experts)
+    weights = Weights(dict(zip(scheme.planes(n, k), planes, strict=True)), scheme, form, n, k, experts)
+    return _Stack(weights.codes, weights.scales(), weights.offsets(), form, n, k)

@@ -1,7 +1,8 @@
-"""Which weights have kernels of their own on a GPU, and how these read the planes. Data only."""
+"""How kernels on a GPU read the planes of a weight. Data only."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,49 +12,71 @@ from fxquant.scheme import FLOAT_SCALES, SCALE_TYPES, Scheme, Zero
 
 @dataclass(frozen=True)
 class Format:
-    """How kernels read the planes of an `[n, k]` weight: codes, scales and, where there is a zero, what it takes."""
+    """Of an `[n, k]` weight: what a code stands for, and how many weights of a row have a scale in common."""
 
     bits: int
-    """8: a code is a number in its own dtype. 4: two fields to a byte, the even column in the low half."""
+    """Of a code."""
     low: int
     """What is added to the fields of integers; 0 where there is a zero point, whose field has the same addend."""
     table: tuple[float, ...]
-    """The values of 16 codes; empty for integers."""
+    """The values of the codes; empty for integers and floats."""
+    pattern: torch.dtype | None
+    """The float whose bit patterns codes are; None for integers and tables."""
+    regular: bool
+    """A code of 1 to 8 bits, in a stream of them, is one weight: no vectors of codebooks, no digits in base 3, no
+    columns with scales or biases of their own."""
     group: int
-    """So many weights of a row share a scale."""
+    """So many neighbours in a row share a scale, and no scale is for fewer of them."""
     power: bool
     """Scales are exponents: `2**(code - 127)`, 255 is nan."""
     zero: Zero
+    direct: bool
+    """Scales, zeros and biases stand in their planes as `[n, k / group]` numbers. Elsewhere they are computed: the
+    product of two levels, say, or that of the block of several rows in which a row lies."""
 
     @property
-    def per_byte(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.bits
+    def per_unit(self) -> int:
+        """Codes that are read at a time: those of a byte, or what two bytes hold wherever the first one starts."""
+        return 8 // self.bits if 8 % self.bits == 0 else 1 << (12 // self.bits).bit_length() - 1
+
+    @property
+    def in_units(self) -> bool:
+        """Whether a row is groups, these are units, and these are codes."""
+        return self.regular and self.group % self.per_unit == 0
 
     def exact(self, dtype: torch.dtype) -> bool:
         """Whether a value without its scale is a number in this dtype, so that its scale may come after the product."""
-        if not self.table:
-            return self.zero in ("none", "int")
-        values = torch.tensor(self.table, dtype=torch.float64)
-        return bool((values.to(dtype).to(torch.float64) == values).all())
+        if self.table:
+            values = torch.tensor(self.table, dtype=torch.float64)
+            return bool((values.to(dtype).to(torch.float64) == values).all())
+        # Every float8 is a bfloat16 and a float16.
+        return self.zero in ("none", "int")
 
 
 def format_of(scheme: Scheme, n: int, k: int) -> Format | None:
     """The format of an `[n, k]` weight under a scheme, or None where no kernel here reads it.
 
-    Covered are codes of 4 and 8 bits that are integers, and tables of 16 values, with one level of scales per row or
-    per group of a row. Flat blocks are groups where every row consists of whole blocks.
+    Those that are quantized together with the activation are multiplied otherwise, and empty ones not at all.
     """
     spec, kind, block = scheme.spec, SCALE_TYPES[scheme.scale], scheme.block
-    integers = spec.kind == "int" and not spec.levels and spec.bits in (4, 8)
-    if not (integers or (spec.kind == "table" and len(spec.values) == 16)):
+    if scheme.activation or not n * k:
         return None
-    if scheme.activation or scheme.columns or scheme.double or scheme.outer or block.rows != 1 or not n * k:
-        return None
-    if not (scheme.scale in FLOAT_SCALES or kind.kind == "power"):
-        return None
-    group = block.columns or k
-    if k % group or (spec.bits == 4 and group % 2):
-        return None
-    packed = spec.dtype is None and spec.kind == "int" and scheme.zero != "int"
-    return Format(spec.bits, spec.low if packed else 0, spec.values, group, kind.kind == "power", scheme.zero)
+    width = block.columns or k
+    direct = block.rows == 1 and k % width == 0 and scheme.outer is None and not scheme.double
+    direct = direct and (scheme.scale in FLOAT_SCALES or kind.kind == "power")
+    # The zeros of flat blocks are packed across rows.
+    direct = direct and not (block.flat and scheme.zero == "int")
+    # Where zeros are computed, fields lose nothing by being floats.
+    zero: Zero = scheme.zero if direct or scheme.zero != "int" else "float"
+    packed = spec.kind == "int" and spec.dtype is None and scheme.zero != "int"
+    return Format(
+        bits=spec.bits,
+        low=spec.low if packed else 0,
+        table=spec.values,
+        pattern=spec.float_dtype,
+        regular=spec.vectors is None and not spec.trits and scheme.columns in ((), ("perm",)),
+        group=math.gcd(width, k),
+        power=direct and kind.kind == "power",
+        zero=zero,
+        direct=direct,
+    )

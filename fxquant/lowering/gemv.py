@@ -7,58 +7,70 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import lowered, once_for, sorted_by_remainder
+from fxquant.inductor import lowered, once_for, row_sums, sorted_by_remainder
+from fxquant.lowering.decoded import values
 from fxquant.lowering.formats import Format
-from fxquant.lowering.values import aten, cast, decoded_codes, high_half, low_half, offsets, scales, table
+from fxquant.lowering.values import Weights, aten, cast, decoded_codes, table, unit_fields
+
+_PARTS, _LEAST = (4, 2, 1), 1024
+"""Rows of bytes are cut into so many parts, of so many columns at least: a thread reads all of them at a time."""
 
 
-def gemv(x: Any, planes: Sequence[Any], form: Format, n: int, k: int) -> Any:
+def gemv(x: Any, weight: Weights) -> Any:
     """`W @ x` for an x of k numbers, the value of a node: float32 `[n]`. Every byte of the codes is read once."""
-    groups, width = k // form.group, form.group // form.per_byte
-    lanes = lowered(aten.view, by_field(x, form, k), [form.per_byte, groups, width])
-    return row_products([lowered(aten.select, lanes, 0, i) for i in range(form.per_byte)], planes, form, n, k)
+    form, k = weight.form, weight.k
+    if not form.in_units or form.bits == 8:
+        x.realize()
+        parts = next((c for c in _PARTS if k % c == 0 and k // c >= _LEAST), 1) if form.in_units else 1
+        row = cast(lowered(aten.view, x, [1, parts, k // parts]), torch.float32)
+        terms = lowered(aten.mul, lowered(aten.view, values(weight), [weight.n, parts, k // parts]), row)
+        return row_sums(_sum(lowered(aten.select, terms, 1, i) for i in range(parts)))
+    lanes = lowered(aten.view, by_place(x, form, k), [form.per_unit, k // form.group, form.group // form.per_unit])
+    inputs = [lowered(aten.select, lanes, 0, i) for i in range(form.per_unit)]
+    offsets = weight.offsets()
+    codes, scales = (lowered(aten.squeeze, part, 0) for part in (weight.codes, weight.scales()))
+    return row_products(inputs, codes, scales, None if offsets is None else lowered(aten.squeeze, offsets, 0), form)
 
 
-def row_products(inputs: Sequence[Any], planes: Sequence[Any], form: Format, n: int, k: int) -> Any:
+def row_products(inputs: Sequence[Any], codes: Any, scales: Any, offsets: Any | None, form: Format) -> Any:
     """Of each row of a weight the product with its input: float32 `[n]`.
 
     Args:
-        inputs: for each field of a byte, the numbers that its columns are multiplied with, `[groups, width]` for all
-            rows or `[n, groups, width]`.
-        planes: as `Scheme.planes` orders them.
-        form: how to read the planes.
-        n: rows.
-        k: columns.
+        inputs: for each code of a unit, the numbers that its columns are multiplied with, `[groups, units]` for all
+            rows or `[n, groups, units]`.
+        codes: `[n, bytes]`.
+        scales: float32 `[n, groups]`.
+        offsets: zeros or biases, float32 `[n, groups]`, or None.
+        form: what codes stand for. It is one of units.
     """
     inputs = [cast(part, torch.float32) for part in inputs]
-    stored = lowered(aten.view, planes[0], [n, k // form.group, form.group // form.per_byte])
-    fields = [low_half(stored), high_half(stored)] if form.per_byte == 2 else [stored]
-    found, offset, scale = table(form, stored), offsets(planes, form, n, k), scales(planes[1], form, n, k)
-    values = [decoded_codes(part, form, found) for part in fields]
-    if offset is not None and form.zero != "bias":
-        values = [lowered(aten.sub, value, lowered(aten.unsqueeze, offset, 2)) for value in values]
-    terms = _sum(lowered(aten.mul, value, part) for value, part in zip(values, inputs, strict=True))
-    terms = lowered(aten.mul, terms, lowered(aten.unsqueeze, scale, 2))
+    found, groups = table(form, codes), int(scales.get_size()[1])
+    numbers = [decoded_codes(part, form, found) for part in unit_fields(codes, form, groups)]
+    if offsets is not None:
+        offsets = lowered(aten.unsqueeze, offsets, 2)
+    if offsets is not None and form.zero != "bias":
+        numbers = [lowered(aten.sub, number, offsets) for number in numbers]
+    terms = _sum(lowered(aten.mul, number, part) for number, part in zip(numbers, inputs, strict=True))
+    terms = lowered(aten.mul, terms, lowered(aten.unsqueeze, scales, 2))
     if form.zero == "bias":
-        shift = lowered(aten.mul, lowered(aten.unsqueeze, offset, 2), _sum(inputs))
-        terms = lowered(aten.add, terms, shift)
-    return lowered(aten.sum, terms, [1, 2])
+        terms = lowered(aten.add, terms, lowered(aten.mul, offsets, _sum(inputs)))
+    return row_sums(terms)
 
 
-def by_field(x: Any, form: Format, numbers: int) -> Any:
-    """The input in memory, or every program would compute it again; columns of one field next to each other.
+def by_place(x: Any, form: Format, numbers: int) -> Any:
+    """The input in memory, or every program would compute it again; first what the first codes of units multiply.
 
-    In their own order, the columns that belong to the low halves of bytes are every second one: a GPU would read them
-    number by number, where it reads neighbours sixteen bytes at a time. What computes x stores it in this order.
+    In their own order, the columns that belong to the low halves of bytes, say, are every second one: a GPU would read
+    them number by number, where it reads neighbours sixteen bytes at a time. What computes x stores it in this order.
     """
 
     def make() -> Any:
-        if form.per_byte == 1:
+        if form.per_unit == 1:
             x.realize()
             return x
-        return sorted_by_remainder(lowered(aten.view, x, [numbers]), numbers, form.per_byte)
+        return sorted_by_remainder(lowered(aten.view, x, [numbers]), numbers, form.per_unit)
 
-    return once_for(x, form.per_byte, make)
+    return once_for(x, form.per_unit, make)
 
 
 def _sum(values: Any) -> Any:

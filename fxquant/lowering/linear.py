@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, side_by_side
-from fxquant.lowering.decoded import product, weight
+from fxquant.lowering.decoded import decoded_weight, in_order, product
 from fxquant.lowering.dispatch import UNKNOWN_ROWS, WAYS, kind_of, ways
-from fxquant.lowering.formats import Format, format_of
+from fxquant.lowering.formats import format_of
 from fxquant.lowering.gemv import gemv
 from fxquant.lowering.tiles import tiled
-from fxquant.lowering.values import aten, cast
+from fxquant.lowering.values import Weights, aten, cast
 from fxquant.scheme import Scheme
 
 
@@ -41,20 +41,24 @@ def _outputs(
     if not static or is_size(m, 0) or kind_of(x.get_device()) not in WAYS:
         return None
     scheme, k = Scheme.parse(spelling), int(k)
-    forms = [form for n in rows if (form := format_of(scheme, n, k)) is not None]
-    if len(forms) != len(rows):
-        return None
     likely = 1 if is_size(m, 1) else max(likely_size(m, UNKNOWN_ROWS), 2)
-    per_weight = len(planes) // max(len(rows), 1)
     outputs = []
-    for i, (form, n) in enumerate(zip(forms, rows, strict=True)):
-        own = planes[i * per_weight : (i + 1) * per_weight]
-        bias = _bias(biases, i, x.get_dtype())
-        y = _product(x, own, bias, form, n, k, likely)
+    for i, (own, n) in enumerate(zip(_by_weight(planes, len(rows)), rows, strict=True)):
+        form = format_of(scheme, n, k)
+        if form is None:
+            return None
+        names = scheme.planes(n, k)
+        weight = Weights(dict(zip(names, own, strict=True)), scheme, form, n, k)
+        y = _product(x, weight, _bias(biases, i, x.get_dtype()), likely)
         if y is None:
             return None
         outputs.append(lowered(aten.view, y, [*batch, n]))
     return outputs or None
+
+
+def _by_weight(planes: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    each = len(planes) // max(count, 1)
+    return [planes[i * each : (i + 1) * each] for i in range(count)]
 
 
 def _bias(biases: Sequence[Any], i: int, dtype: torch.dtype) -> Any | None:
@@ -62,18 +66,19 @@ def _bias(biases: Sequence[Any], i: int, dtype: torch.dtype) -> Any | None:
     return cast(biases[i], dtype) if biases and not is_size(biases[i].get_size()[0], 0) else None
 
 
-def _product(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, likely: int) -> Any | None:
+def _product(x: Any, weight: Weights, bias: Any | None, likely: int) -> Any | None:
     """`x @ W.T + bias` for x of rows of k numbers, the first way that can; None where none can."""
-    matrix = lowered(aten.view, x, [-1, k])
-    for way in ways(x.get_device(), form.bits, x.get_dtype(), likely):
+    x = in_order(x, weight.planes.get("perm"))
+    matrix = lowered(aten.view, x, [-1, weight.k])
+    for way in ways(x.get_device(), weight.form, x.get_dtype(), likely):
         if way == "gemv":
-            y = gemv(x, planes, form, n, k)
+            y = gemv(x, weight)
             y = y if bias is None else lowered(aten.add, y, cast(bias, torch.float32))
             return cast(y, x.get_dtype())
         if way == "tiles":
-            y = tiled(matrix, planes, bias, form, n, k, likely)
+            y = tiled(matrix, weight, bias, likely)
             if y is not None:
                 return y
         if way == "decoded":
-            return product(matrix, weight(planes, form, n, k, x.get_dtype()), bias)
+            return product(matrix, decoded_weight(weight, x.get_dtype()), bias)
     return None

@@ -12,7 +12,7 @@ from fxquant.inductor import from_template, lowered, realized, searches_kernels,
 from fxquant.lowering.formats import Format
 from fxquant.lowering.shapes import Choice, Tile, choices, splits, stored
 from fxquant.lowering.tiles_source import Variant, source
-from fxquant.lowering.values import aten, cast, table
+from fxquant.lowering.values import Weights, aten, cast, table
 
 _DEPTHS = (128, 64, 32, 16)
 """Columns that one step may read. Tensor cores take 16 at least."""
@@ -22,7 +22,7 @@ _DEEP = 64
 """A step of fewer columns computes too little for what it costs."""
 
 
-def tiled(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int, k: int, rows: int) -> Any | None:
+def tiled(x: Any, weight: Weights, bias: Any | None, rows: int) -> Any | None:
     """`x @ W.T + bias` for x `[m, k]`, bfloat16 or float16: `[m, n]`, rounded once.
 
     Where too few programs would compute for the GPU, each takes a part of the columns. Another kernel adds the parts
@@ -30,24 +30,21 @@ def tiled(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int,
 
     Args:
         x: the input, in which m may be a symbol.
-        planes: as `Scheme.planes` orders them.
+        weight: `[n, k]`.
         bias: `[n]` or None.
-        form: how to read the planes.
-        n: rows of the weight.
-        k: its columns.
         rows: what m is, or likely is.
 
     Returns:
         None where k and the groups consist of no steps that tensor cores take.
     """
-    found = table(form, x)
+    form, n, k = weight.form, weight.n, weight.k
     configs = list(_configs(_choices(x, form, n, k, rows), form, n, k, rows, x))
     if not configs:
         return None
     parts = configs[0][_SPLITS]
     own = bias if parts == 1 else None
     variant = Variant.of(form, x.get_dtype(), own is not None, parts > 1)
-    inputs = [realized(value) for value in _inputs(x, planes, found, own, form, n, k)]
+    inputs = [realized(value) for value in _inputs(x, weight, own)]
     kernels = [{key: value for key, value in config.items() if key != _SPLITS} for config in configs]
     m = x.get_size()[0]
     if parts == 1:
@@ -57,16 +54,18 @@ def tiled(x: Any, planes: Sequence[Any], bias: Any | None, form: Format, n: int,
     return cast(y if bias is None else lowered(aten.add, y, cast(bias, torch.float32)), x.get_dtype())
 
 
-def _inputs(
-    x: Any, planes: Sequence[Any], found: Any | None, bias: Any | None, form: Format, n: int, k: int
-) -> Iterator[Any]:
+def _inputs(x: Any, weight: Weights, bias: Any | None) -> Iterator[Any]:
     """In the order of `Variant.inputs`."""
+    form, n, k, planes = weight.form, weight.n, weight.k, weight.planes
     yield x
-    yield planes[0]
-    yield lowered(aten.view, planes[1], [n, k // form.group])
-    if form.zero != "none":
-        zeros = planes[2]
+    yield planes["codes"]
+    yield lowered(aten.view, planes["scales"] if form.direct else weight.scales(), [n, k // form.group])
+    if form.direct and form.zero != "none":
+        zeros = planes["biases" if form.zero == "bias" else "zeros"]
         yield lowered(aten.view, zeros, [n, zeros.get_size()[-1] if len(zeros.get_size()) == 2 else k // form.group])
+    elif form.zero != "none":
+        yield lowered(aten.view, weight.offsets(), [n, k // form.group])
+    found = table(form, x)
     if found is not None:
         yield found
     if bias is not None:

@@ -17,6 +17,8 @@ class Variant:
     bits: int
     zero: Zero
     table: bool
+    pattern: torch.dtype | None
+    """The float whose bit patterns codes are."""
     power: bool
     exact: bool
     """Values of codes are numbers in the dtype of x."""
@@ -27,12 +29,13 @@ class Variant:
     @classmethod
     def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool) -> Variant:
         """For weights of a format and inputs of a dtype."""
-        return cls(form.bits, form.zero, bool(form.table), form.power, form.exact(dtype), bias, split)
+        return cls(form.bits, form.zero, bool(form.table), form.pattern, form.power, form.exact(dtype), bias, split)
 
     @property
     def name(self) -> str:
         """A name that no other variant has."""
-        words = [f"{'table' if self.table else 'int'}{self.bits}", f"zero_{self.zero}"]
+        kind = str(self.pattern).removeprefix("torch.") if self.pattern else "table" if self.table else "int"
+        words = [f"{kind}{self.bits}", f"zero_{self.zero}"]
         words += [word for word in ("power", "exact", "bias", "split") if getattr(self, word)]
         return "fxquant_linear_" + "_".join(words)
 
@@ -56,8 +59,11 @@ def source(variant: Variant) -> str:
     lines.append(_SCALES[variant.power])
     if variant.table:
         lines.append(_TABLE)
+    if variant.pattern is not None:
+        lines.append(_FLOATS[variant.pattern])
     if variant.zero != "none":
-        lines.append(_PACKED_ZERO if variant.zero == "int" and variant.bits == 4 else _PLAIN_ZERO)
+        packed = variant.zero == "int" and variant.bits < 8
+        lines.append(_PACKED_ZERO.replace("BITS", str(variant.bits)) if packed else _PLAIN_ZERO)
     lines.append(_subtracted(variant))
     lines.append(_PRODUCT.replace("SHIFT", " + z.to(tl.float32)[:, :, None]" if variant.zero == "bias" else ""))
     lines.append(
@@ -96,6 +102,12 @@ _LOADS = """\
         s = tl.load(S + row_n[:, None] * {{stride("S", 0)}} + group[None, :])"""
 
 _FIELDS = {
+    2: """\
+        bytes = step * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+        p = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + bytes[None, :])
+        even = tl.interleave(p & 3, (p >> 4) & 3)
+        odd = tl.interleave((p >> 2) & 3, p >> 6)
+        v = tl.interleave(even, odd)""",
     4: """\
         bytes = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
         p = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + bytes[None, :])
@@ -105,6 +117,15 @@ _FIELDS = {
 }
 _TABLE = """\
         v = tl.load(T + v.to(tl.int32))"""
+_FLOATS = {
+    # By way of float16, on every GPU: e5m2 is its upper half, and the exponents of e4m3 are eight less.
+    torch.float8_e4m3fn: """\
+        magnitude = v.to(tl.int16) & 0x7F
+        v = ((magnitude << 7) | ((v.to(tl.int16) & 0x80) << 8)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        v = tl.where(magnitude == 0x7F, float("nan"), v)""",
+    torch.float8_e5m2: """\
+        v = (v.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)""",
+}
 _SCALES = {
     False: """\
         s = s.to(tl.float32)""",
@@ -113,8 +134,8 @@ _SCALES = {
         s = s.to(tl.float32, bitcast=True)""",
 }
 _PACKED_ZERO = """\
-        z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + (group // 2)[None, :])
-        z = (z >> (group % 2 * 4).to(tl.uint8)[None, :]) & 0xF"""
+        z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + (group * BITS // 8)[None, :])
+        z = (z >> (group * BITS % 8).to(tl.uint8)[None, :]) & ((1 << BITS) - 1)"""
 _PLAIN_ZERO = """\
         z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + group[None, :])"""
 
@@ -122,7 +143,7 @@ _PLAIN_ZERO = """\
 def _subtracted(variant: Variant) -> str:
     """Values minus zeros: `v`, by groups. Integers are subtracted as integers, which every code and zero fits into."""
     by_group = "        v = tl.reshape({}, (BLOCK_N, GROUPS, BLOCK_K // GROUPS))"
-    if variant.table:
+    if variant.table or variant.pattern is not None:
         return by_group.format("v")
     if variant.zero == "int":
         return by_group.format("v.to(tl.int16)") + " - z.to(tl.int16)[:, :, None]"
