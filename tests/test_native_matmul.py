@@ -15,10 +15,9 @@ from random_planes import random_planes
 from torch import Tensor
 
 from fxquant import codecs, native
-from fxquant.codecs.double import dynamic_map
 from fxquant.errors import SchemeError
 from fxquant.inductor import has_bfloat16_products
-from fxquant.native import library, matmul, matmul_levels
+from fxquant.native import library, matmul
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
@@ -534,7 +533,3 @@ def test_without_a_compiler_there_is_one_warning_and_plain_torch(monkeypatch: py
         matmul.library.cache_clear()
         library.library.cache_clear()  # which plain torch asked for
     check(y, x, decoded(planes, scheme, 512, 512), None)
-
-
-def test_the_map_of_double_quantization_is_that_of_the_codecs() -> None:
-    assert torch.equal(matmul_levels.dynamic_map(), dynamic_map())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.codecs.scales import Grid
-from fxquant.scheme import DOUBLE_QUANT_BLOCK
+from fxquant.scheme import DOUBLE_QUANT_BLOCK, dynamic_values
 
 _LEVELS = 1 << 16
 
@@ -79,17 +79,8 @@ def _dynamic_map_on(device: torch.device) -> Tensor:
 
 
 def dynamic_map() -> Tensor:
-    """The 256 values of the signed 8-bit dynamic data type, sorted: Dettmers, arXiv 1511.04561.
-
-    Decade i of 7, from the top one down, has 64, 32, ..., 1 values of either sign: the middles of equal steps of
-    [0.1, 1]. Besides them there are 0 and 1.
-    """
-    decades = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, (1 << i) + 1, dtype=torch.float32)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
-    positive = torch.cat(decades)
-    return torch.cat((positive, -positive, torch.tensor([0.0, 1.0]))).sort().values
+    """The values of the 8-bit dynamic data type, float32 `[256]`, see `fxquant.scheme.dynamic_values`."""
+    return torch.tensor(dynamic_values(), device="cpu")
 
 
 def _codes_by_level() -> Tensor:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from fxquant.codecs.double import dynamic_map
 from fxquant.inductor import constant, fields, gathered, lowered, quotient
 from fxquant.lowering.formats import Format
-from fxquant.scheme import DOUBLE_QUANT_BLOCK, SCALE_TYPES, TENSOR, Block, ScaleType, Scheme
+from fxquant.scheme import DOUBLE_QUANT_BLOCK, SCALE_TYPES, TENSOR, Block, ScaleType, Scheme, dynamic_values
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Place = Callable[[Any, Any], tuple[Any, Any]]
@@ -47,7 +46,7 @@ class Weights:
         block = Block(1, self.scheme.block.columns * DOUBLE_QUANT_BLOCK, flat=True)
         scale = self._stored("scale_scales", block)
         offset = self._stored("scale_offset", TENSOR)
-        return lowered(aten.add, lowered(aten.mul, looked_up(known(_dynamic_map(), codes), codes), scale), offset)
+        return lowered(aten.add, lowered(aten.mul, looked_up(known(dynamic_values(), codes), codes), scale), offset)
 
     def offsets(self) -> Any | None:
         """Zeros or biases, float32 `[experts, n, groups]`; None where there are none."""
@@ -145,11 +144,6 @@ def decoded_codes(codes: Any, form: Format, values: Any | None) -> Any:
 def looked_up(values: Any, codes: Any) -> Any:
     """The values of codes in a table."""
     return lowered(aten._unsafe_index.Tensor, values, [cast(codes, torch.int64)])
-
-
-@functools.cache
-def _dynamic_map() -> tuple[float, ...]:
-    return tuple(dynamic_map().tolist())
 
 
 def _scale(stored: Any, kind: ScaleType) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxquant.native.job import DTYPES
 from fxquant.native.places import Place
-from fxquant.scheme import DOUBLE_QUANT_BLOCK, SCALE_TYPES, Scheme
+from fxquant.scheme import DOUBLE_QUANT_BLOCK, SCALE_TYPES, Scheme, dynamic_values
 
 _POWER, _SMALL_FLOAT, _TABLE, _INTEGER, NONE = 3, 4, 5, 6, 7
 
@@ -33,7 +33,7 @@ def fill_scales(level: Level, planes: Mapping[str, Place], scheme: Scheme, n: in
     _fill(level, planes["scales"], planes.get("scale_scales"), scheme, n, k, stacked)
     if scheme.double:
         outer, offset = planes["scale_scales"], planes["scale_offset"]
-        level.outer, level.type, level.bits, level.table = outer.address, _TABLE, 8, dynamic_map().data_ptr()
+        level.outer, level.type, level.bits, level.table = outer.address, _TABLE, 8, _dynamic_map().data_ptr()
         level.outer_type, level.outer_rows = DTYPES[outer.dtype], n
         level.outer_stride, level.outer_expert = 0, outer.rows(stacked)[1]
         level.per = DOUBLE_QUANT_BLOCK
@@ -84,15 +84,6 @@ def _place(level: Level, stored: Place, bits: int, scheme: Scheme, n: int, k: in
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
-    """The 256 values of the signed 8-bit dynamic data type, float32, sorted: Dettmers, arXiv 1511.04561.
-
-    Decade i of 7, from the top one down, has 64, 32, ..., 1 values of either sign: the middles of equal steps of
-    [0.1, 1]. Besides them there are 0 and 1.
-    """
-    decades = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, (1 << i) + 1, dtype=torch.float32, device="cpu")
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
-    positive = torch.cat(decades)
-    return torch.cat((positive, -positive, torch.tensor([0.0, 1.0], device="cpu"))).sort().values
+def _dynamic_map() -> Tensor:
+    # Kernels hold its address.
+    return torch.tensor(dynamic_values(), device="cpu")

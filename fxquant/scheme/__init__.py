@@ -16,7 +16,7 @@ from fxquant.scheme.planes import DOUBLE_QUANT_BLOCK, PlaneSpec
 from fxquant.scheme.scale_types import FLOAT_SCALES, SCALE_TYPES, Outer, ScaleType
 from fxquant.scheme.scheme import Scheme, Zero
 from fxquant.scheme.spelling import COLUMNS, ZEROS, default_block
-from fxquant.scheme.tables import FP4, NF4
+from fxquant.scheme.tables import FP4, NF4, dynamic_values
 
 __all__ = [
     "COLUMNS",
@@ -40,6 +40,7 @@ __all__ = [
     "Vectors",
     "Zero",
     "default_block",
+    "dynamic_values",
     "element",
     "table_name",
 ]

@@ -1,6 +1,10 @@
-"""The values of table elements, by code."""
+"""The values of table elements, by code, and those that double quantization gives to scales."""
 
 from __future__ import annotations
+
+import functools
+
+import torch
 
 # The 16 values of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1].
 # QLoRA, arXiv 2305.14314, appendix E; digits as bitsandbytes stores them.
@@ -45,3 +49,17 @@ def small_float(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
 E2M1 = small_float(2, 1)
 E2M3 = small_float(2, 3)
 E3M2 = small_float(3, 2)
+
+
+@functools.cache
+def dynamic_values() -> tuple[float, ...]:
+    """The 256 values of the signed 8-bit dynamic data type, float32, sorted: Dettmers, arXiv 1511.04561.
+
+    Decade i of 7, from the top one down, has 64, 32, ..., 1 values of either sign: the middles of equal steps of
+    [0.1, 1]. Besides them there are 0 and 1.
+    """
+    decades = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, (1 << i) + 1, dtype=torch.float32, device="cpu")
+        decades += ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
+    return tuple(sorted([*decades, *(-value for value in decades), 0.0, 1.0]))
