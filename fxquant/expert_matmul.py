@@ -98,8 +98,8 @@ def weight_gradient_in_blocks(grad: Tensor, x: Tensor, ids: Tensor, experts: int
     result = grad.new_zeros(experts, n, k)
     if not ids.numel() or not experts:
         return result
-    blocks, size = _Blocks.of(ids, experts), max(_WEIGHTS_AT_ONCE // max(n * k, 1), 1)
-    pieces = zip(blocks.gather(grad).split(size), blocks.gather(x).split(size), blocks.experts.split(size), strict=True)
+    blocks, size = Blocks.of(ids, experts), max(_WEIGHTS_AT_ONCE // max(n * k, 1), 1)
+    pieces = zip(blocks.gather(grad).split(size), blocks.gather(x).split(size), blocks.read.split(size), strict=True)
     for left, right, of in pieces:
         result.index_add_(0, of, torch.bmm(left.transpose(1, 2), right))
     return result
@@ -186,10 +186,10 @@ def in_blocks(
     y = x.new_zeros(*ids.shape, n)
     if not y.numel() or not weights.experts:
         return y
-    blocks = _Blocks.of(ids, weights.experts)
+    blocks = Blocks.of(ids, weights.experts)
     rows = blocks.gather(x)
     products, size = [], max(_WEIGHTS_AT_ONCE // max(weights.n * weights.k, 1), 1)
-    for some, of in zip(rows.split(size), blocks.experts.split(size), strict=True):
+    for some, of in zip(rows.split(size), blocks.read.split(size), strict=True):
         w = weights.of(of, x.dtype)
         w = w if transposed else w.transpose(1, 2)
         products.append(
@@ -205,39 +205,56 @@ def _present(ids: Tensor, experts: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Where each slot stands in blocks of `size` rows that have one expert each."""
 
     size: int
-    experts: Tensor
-    """`[blocks]`; of a block that nobody needs, an expert that is read anyway."""
+    owners: Tensor
+    """`[blocks]`: their experts; of a block that nobody needs, -1."""
     places: Tensor
     """`[T, k]`: the row of each slot, counted through all blocks; of slots without an expert, one behind the last."""
 
     @classmethod
-    def of(cls, ids: Tensor, experts: int) -> _Blocks:
-        """Blocks for the slots of `ids`, which are not empty."""
+    def of(cls, ids: Tensor, experts: int, size: int = 0, count: int = 0) -> Blocks:
+        """Blocks for the slots of `ids`, which are not empty.
+
+        Args:
+            ids: `[T, k]`.
+            experts: how many there are.
+            size: of a block; 0: 1 for up to as many slots as experts, else the mean of slots or a little more.
+            count: of blocks; 0: as few as suffice wherever tokens go.
+        """
         slots, present = ids.numel(), _present(ids, experts)
-        size = 1 << max(-(-slots // experts) - 1, 0).bit_length()
+        size = size or 1 << max(-(-slots // experts) - 1, 0).bit_length()
         flat = torch.where(present, ids, experts).view(-1)
-        if size == 1:
-            read = torch.where(flat < experts, flat, flat.amin().clamp(max=experts - 1))
+        if size == 1 and not count:
             every = torch.arange(slots, device=ids.device).view(ids.shape)
-            return cls(1, read, torch.where(present, every, slots))
+            return cls(1, torch.where(flat < experts, flat, -1), torch.where(present, every, slots))
         ordered, order = flat.sort(stable=True)
         starts = torch.searchsorted(ordered, torch.arange(experts + 1, device=ids.device))
         ends = ((starts.diff() + size - 1) // size).cumsum(0)
         first = torch.cat((ends.new_zeros(1), ends))
         behind = torch.arange(slots, device=ids.device) - starts[ordered]
         places = torch.empty_like(order).scatter_(0, order, first[ordered] * size + behind).view(ids.shape)
-        count = slots // size + min(experts, slots)
+        count = count or slots // size + min(experts, slots)
         owners = torch.searchsorted(ends, torch.arange(count, device=ids.device), right=True)
-        read = torch.where(owners < experts, owners, ordered[0].clamp(max=experts - 1))
-        return cls(size, read, torch.where(present, places, count * size))
+        return cls(size, torch.where(owners < experts, owners, -1), torch.where(present, places, count * size))
+
+    @property
+    def read(self) -> Tensor:
+        """`[blocks]`: the owner, and for blocks that nobody needs, an expert that is read anyway."""
+        return torch.where(self.owners < 0, self.owners.amax().clamp(min=0), self.owners)
+
+    @property
+    def slots(self) -> Tensor:
+        """`[blocks * size]`: the slot, counted through all tokens, that has a row; 0 for rows that nobody needs."""
+        every = torch.arange(self.places.numel(), device=self.places.device)
+        rows = every.new_zeros(len(self.owners) * self.size + 1)
+        return rows.index_copy_(0, self.places.view(-1), every)[:-1]
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of x in blocks, `[blocks, size, K]`; rows that nobody needs are zeros."""
         each = x.unsqueeze(1).expand(*self.places.shape, x.shape[-1]) if x.dim() == 2 else x
-        rows = x.new_zeros(len(self.experts) * self.size + 1, x.shape[-1])
+        rows = x.new_zeros(len(self.owners) * self.size + 1, x.shape[-1])
         rows.index_copy_(0, self.places.view(-1), each.reshape(-1, x.shape[-1]))
-        return rows[:-1].view(len(self.experts), self.size, -1)
+        return rows[:-1].view(len(self.owners), self.size, -1)

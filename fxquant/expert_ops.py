@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxquant import native
 from fxquant.errors import ModelError
-from fxquant.expert_matmul import PLAIN, ExpertWeights, input_gradient, multiply_experts, weight_gradient
+from fxquant.expert_matmul import PLAIN, Blocks, ExpertWeights, input_gradient, multiply_experts, weight_gradient
 from fxquant.lowering import register_experts
 from fxquant.op_registration import define, with_autocast
 from fxquant.ops import ABI
@@ -80,6 +80,33 @@ def _(
     _checked(x, ids, planes, biases, scheme, n, experts)
     register_experts()
     return x.new_empty(*ids.shape, n)
+
+
+@torch.library.custom_op("fxquant::expert_blocks", mutates_args=())
+def expert_blocks(ids: Tensor, experts: int, size: int, abi: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How slots are laid out in blocks of rows that have one expert each, for kernels that multiply block by block.
+
+    Args:
+        ids: int64 `[T, k]`.
+        experts: how many there are.
+        size: rows of a block.
+        abi: `ABI`.
+
+    Returns:
+        Of `T * k // size + experts` blocks the expert, -1 where nobody needs the block; of each of their rows the slot
+        that it is, counted through all tokens; of each slot its row. What is none of these is 0.
+    """
+    if not ids.numel():
+        return ids.new_full((experts,), -1), ids.new_zeros(experts * size), ids.new_zeros(0)
+    blocks = Blocks.of(ids, experts, size, ids.numel() // size + experts)
+    places = blocks.places.view(-1)
+    return blocks.owners, blocks.slots, torch.where(places < len(blocks.slots), places, 0)
+
+
+@expert_blocks.register_fake
+def _(ids: Tensor, experts: int, size: int, abi: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = ids.numel() // size + experts
+    return ids.new_empty(count), ids.new_empty(count * size), ids.new_empty(ids.numel())
 
 
 @torch.library.custom_op("fxquant::experts_input_grad", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -282,7 +309,7 @@ def _gated_experts_fake(
 
 define(_LIBRARY, gated_experts, _gated_experts_fake)
 
-__all__ = ["ABI", "experts", "experts_input_grad", "experts_weight_grad", "gated_experts"]
+__all__ = ["ABI", "expert_blocks", "experts", "experts_input_grad", "experts_weight_grad", "gated_experts"]
 
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
     for _name in ("experts", "experts_input_grad", "experts_weight_grad", "gated_experts"):

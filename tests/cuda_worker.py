@@ -22,6 +22,7 @@ import emulated_cuda
 import offline_triton
 import torch
 import torch.nn.functional as F
+from random_planes import random_planes
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -227,8 +228,7 @@ def _numbers(
     generator = torch.Generator().manual_seed(m + k + sum(rows))
     x = torch.randn(m, k, generator=generator).to(getattr(torch, dtype))
     scheme = Scheme.parse(spelling)
-    weights = [torch.randn(n, k, generator=generator) for n in rows]
-    planes = [quantize(w, scheme, "absmax") if scheme.encodable else _random(scheme, *w.shape) for w in weights]
+    planes = [random_planes(scheme, n, k, seed=i) for i, n in enumerate(rows)]
     flat = [plane for part in planes for plane in part.values()]
     # Siblings with and without a bias stand side by side.
     biases = [torch.randn(n if i % 2 == 0 else 0, generator=generator).to(x.dtype) for i, n in enumerate(rows)]
@@ -248,16 +248,6 @@ def _numbers(
     limit = 2 * step * magnitude + 2.0**-23 * k**0.5 * magnitude + 1e-30
     error = ((y.double() - exact).abs() / limit).max().item()
     return {"error": error, "launches": generated.launches, "externs": generated.externs}
-
-
-def _random(scheme: Scheme, n: int, k: int) -> dict[str, Tensor]:
-    """Planes that no weight was quantized to."""
-
-    def plane(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.rand(shape).add_(0.5).to(dtype) if dtype.is_floating_point else torch.randint(256, shape).to(dtype)
-
-    torch.manual_seed(n + k)
-    return {name: plane(spec.shape, spec.dtype) for name, spec in scheme.planes(n, k).items()}
 
 
 def expert_numbers(requests: Sequence[Any], folder: Path) -> list[dict[str, Any]]:

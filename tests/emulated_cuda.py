@@ -165,7 +165,7 @@ def generate(
         fn: without autograd, without effects.
         inputs: CPU tensors; shapes, strides and dtypes count. They are read from nowhere.
         config: of Inductor.
-        symbolic: whether the first dimension of the first input is a symbol.
+        symbolic: whether the first dimension of the first input is a symbol, and all that are as long.
     """
     import torch._inductor.config as inductor_config
     from torch._inductor.decomposition import select_decomp_table
@@ -175,8 +175,9 @@ def generate(
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = []
-    for i, tensor in enumerate(inputs):
-        kinds = [DimDynamic.DYNAMIC if symbolic and i == dim == 0 else DimDynamic.STATIC for dim in range(tensor.ndim)]
+    for tensor in inputs:
+        same = symbolic and tensor.ndim and tensor.shape[0] == inputs[0].shape[0]
+        kinds = [DimDynamic.DUCK if same and dim == 0 else DimDynamic.STATIC for dim in range(tensor.ndim)]
         fakes.append(_on_the_gpu(mode, mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(kinds))))
     with torch.no_grad(), inductor_config.patch(config or {}):
         with mode:

@@ -75,7 +75,15 @@ DECODED |= {"plain 8 int3-g64": 2, "plain 8 q6_k": 2, "plain 512 nf4-dq": 2, "pl
 ROUTES = {1: (6, 4), 64: (9, 7)}
 """Rows: kernels of a decoder's layer, and how many of them read a weight. Two are norms. Of one row, seven linears are
 q with k and v, o, gate with up, and down, with all that stands between."""
-AS_IT_IS = ["plain 8 int8+int8", "experts 64 int4-g128", "experts 1 tq1_0", "gated_experts 64 int4-g128"]
+SORTED = {
+    # Rows in the order of their experts, the product, and tokens in their own order with the activation.
+    "experts 64 int4-g128": (3, 1),
+    "experts 300 nf4": (3, 1),
+    "experts 50 int4-g128 symbolic": (3, 1),
+    "experts 64 fp8-b128x128": (4, 1),
+}
+"""The same of many tokens for experts, whose order one call of the library finds."""
+AS_IT_IS = ["plain 8 int8+int8", "experts 1 tq1_0", "experts 64 int3-g64", "gated_experts 64 int4-g128"]
 COMPILED = ["gated 1 int4-g128", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128", "narrow 16 int4-g128"]
 COMPILED += [
     "plain 1 q4_k",
@@ -83,8 +91,10 @@ COMPILED += [
     "epilogue 16 fp8",
     "plain 64 nf4",
     "plain 32 int4-g32-asym",
+    "experts 64 int4-g128",
     "plain 64 int8",
 ]
+BLOCKS = "torch.ops.fxquant.expert_blocks.default"
 WIDE_LOADS = {"plain": 10, "gated": 12}
 """So many loads of sixteen bytes does a thread make: 2 of codes, for gate and up 4, and 8 of x."""
 CAPABILITIES = [80, 90, 100]
@@ -165,11 +175,19 @@ EXPERTS = [
     ["nf4", 2, 33, 64, "float16", True],
     ["int8", 3, 24, 48, "bfloat16", True],
     ["q4_1", 1, 7, 96, "float32", True],
+    ["q4_k", 2, 9, 256, "bfloat16", False],
+    ["fp8-b16x128", 2, 20, 256, "bfloat16", True],
+    # of many tokens, in blocks of 16, 32 and 64 rows
+    ["int4-g128", 40, 20, 256, "bfloat16", False],
+    ["int4-g64-asym", 50, 40, 128, "float16", True],
+    ["nf4-dq", 70, 33, 64, "bfloat16", False],
+    ["q4_1", 150, 24, 96, "float16", False],
+    ["fp8-b16x128", 40, 20, 256, "bfloat16", True],
 ]
 """Scheme, tokens, n, k, dtype, whether every slot has an input of its own."""
 GATED = [["int4-g32", 3, 64, 96], ["nf4", 1, 64, 128], ["int8", 2, 24, 40]]
 """Scheme, tokens, features between the products, k."""
-NAMES = [*FUSED, *DECODED, *AS_IT_IS]
+NAMES = [*FUSED, *DECODED, *SORTED, *AS_IT_IS]
 ROUTED = [[backend, m] for backend in ("fxquant", "inductor") for m in ROUTES]
 
 
@@ -241,6 +259,13 @@ def test_many_rows_go_to_the_library(name: str) -> None:
     assert (len(found["launches"]), found["externs"]) == (DECODED[name], ["extern_kernels.mm"])
 
 
+@pytest.mark.parametrize("name", SORTED)
+def test_many_tokens_are_sorted_by_expert(name: str) -> None:
+    found = _fused(name)
+    assert (len(found["launches"]), len(found["weights"])) == SORTED[name]
+    assert found["externs"] == [BLOCKS]
+
+
 @pytest.mark.parametrize("name", AS_IT_IS)
 def test_what_has_no_kernel_stays_the_op(name: str) -> None:
     kind = name.split()[0]
@@ -271,7 +296,7 @@ def test_machine_code(name: str, capability: int) -> None:
 def test_numbers_of_experts(i: int) -> None:
     found = _checked(interpreted()["expert_numbers"][i])
     assert found["error"] <= 1
-    assert (found["absent"], found["externs"]) == (0, [])
+    assert (found["absent"], found["externs"]) == (0, [BLOCKS] if EXPERTS[i][1] > 32 else [])
 
 
 @pytest.mark.parametrize("i", range(len(GATED)), ids=["-".join(map(str, request)) for request in GATED])

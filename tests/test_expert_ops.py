@@ -408,3 +408,28 @@ def test_rows_of_planes_are_planes_of_rows(spelling: str, k: int, answer: bool) 
         whole = quantize(weight, scheme)
         for name, plane in whole.items():
             assert torch.equal(torch.cat((top[name], bottom[name])), plane)
+
+
+@given(st.integers(0, 60), st.integers(1, 4), st.integers(1, 9), st.sampled_from([1, 4, 16]), st.integers(0, 2**31))
+def test_every_slot_of_an_expert_has_a_row_of_its_own_in_a_block_of_that_expert(
+    tokens: int, slots: int, experts: int, size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, experts + 1, (tokens, slots), generator=generator)
+    owners, sources, places = torch.ops.fxquant.expert_blocks(ids, experts, size, ABI)
+    assert (len(owners), len(sources), len(places)) == (
+        count := ids.numel() // size + experts,
+        count * size,
+        ids.numel(),
+    )
+    present = (ids >= 0) & (ids < experts)
+    rows = places[present.view(-1)]
+    assert rows.unique().numel() == rows.numel()
+    assert torch.equal(owners[rows // size], ids[present])
+    assert torch.equal(sources[rows], torch.arange(ids.numel())[present.view(-1)])
+    # No more blocks are somebody's than the slots of each expert fill.
+    assert int((owners >= 0).sum()) == sum(-(-int((ids == e).sum()) // size) for e in range(experts))
+
+
+def test_opcheck_of_blocks() -> None:
+    torch.library.opcheck(torch.ops.fxquant.expert_blocks, (routed(9, 3, 5), 5, 4, ABI))

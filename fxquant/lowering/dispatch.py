@@ -54,7 +54,9 @@ UNKNOWN_ROWS = 64
 """So many rows a symbolic batch is taken to have where nothing tells."""
 EXPERT_SLOTS = 64
 """Up to so many slots of experts, each reads the planes of its own expert. With more of them, many would read the same
-planes, and the op, which decodes an expert once for several slots, stays as it is."""
+planes: they are sorted into blocks of rows, each of which reads those of one."""
+BLOCK_ROWS = (16, 32, 64)
+"""Rows of such a block: as many as an expert has slots, in the mean. What tiles compute at once."""
 
 
 def ways(device: torch.device, form: Format, dtype: torch.dtype, rows: int) -> tuple[Way, ...]:

@@ -1,8 +1,9 @@
-"""`fxquant::experts` and `fxquant::gated_experts` of a few tokens, as Inductor compiles them for a GPU.
+"""`fxquant::experts` and `fxquant::gated_experts`, as Inductor compiles them for a GPU.
 
-Every slot is a product of one row with the weight of its own expert, whose planes are found on the device: shapes do
-not depend on where tokens go, and the host waits for nothing. All slots are one kernel, which fuses with what stands
-around it; the planes of experts that are not hit are not read. Many tokens go to the op as it is.
+Of a few tokens, every slot is a product of one row with the weight of its own expert, whose planes are found on the
+device. All slots are one kernel, which fuses with what stands around it. Of many tokens, slots are sorted by expert
+into blocks of rows, which tensor cores multiply with the one weight that is theirs. Either way shapes do not depend on
+where tokens go, the host waits for nothing, and the codes of experts that are not hit are not read.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import add_lowering, as_it_is, lowered
-from fxquant.lowering.dispatch import EXPERT_SLOTS, WAYS, kind_of, ways
+from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, once_for
+from fxquant.lowering.dispatch import BLOCK_ROWS, EXPERT_SLOTS, UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.gemv import by_place, row_products
+from fxquant.lowering.tiles import tiled_blocks
 from fxquant.lowering.values import Weights, aten, cast
 from fxquant.scheme import Scheme
 
@@ -32,10 +34,14 @@ def lower(
     x: Any, ids: Any, planes: Sequence[Any], biases: Sequence[Any], scheme: str, n: int, experts: int, abi: int
 ) -> Any:
     """Inductor's value of `fxquant::experts` with these arguments."""
-    stack = _stack(x, ids, planes, scheme, n, int(x.get_size()[-1]), experts)
-    if stack is None:
-        return as_it_is(torch.ops.fxquant.experts.default, x, ids, planes, biases, scheme, n, experts, abi)
-    return stack.product(x, ids, biases[0] if biases else None)
+    bias, weights = biases[0] if biases else None, _weights(x, planes, scheme, n, experts)
+    stack = None if weights is None else _stack(x, ids, weights)
+    if stack is not None:
+        return stack.product(x, ids, bias)
+    y = None if weights is None else _by_blocks(x, ids, weights, bias, abi)
+    if y is not None:
+        return y
+    return as_it_is(torch.ops.fxquant.experts.default, x, ids, planes, biases, scheme, n, experts, abi)
 
 
 def lower_gated(
@@ -51,9 +57,13 @@ def lower_gated(
     abi: int,
 ) -> Any:
     """Inductor's value of `fxquant::gated_experts` with these arguments."""
-    k = int(x.get_size()[-1])
-    one = _stack(x, ids, first, first_scheme, 2 * inner, k, experts)
-    two = _stack(x, ids, second, second_scheme, k, inner, experts)
+    one, two = (
+        None if weights is None else _stack(x, ids, weights)
+        for weights in (
+            _weights(x, first, first_scheme, 2 * inner, experts),
+            _weights(x, second, second_scheme, int(x.get_size()[-1]), experts, inner),
+        )
+    )
     if one is None or two is None:
         args = (x, ids, weights, first, second, first_scheme, second_scheme, inner, experts, abi)
         return as_it_is(torch.ops.fxquant.gated_experts.default, *args)
@@ -123,16 +133,46 @@ def _present(ids: Any, experts: int) -> Any:
     return lowered(aten.logical_and, lowered(aten.ge, ids, 0), lowered(aten.lt, ids, experts))
 
 
-def _stack(x: Any, ids: Any, planes: Sequence[Any], spelling: str, n: int, k: int, experts: int) -> _Stack | None:
-    """The weights, or None where no kernel here reads them, for so many slots."""
-    sizes = [*ids.get_size(), *x.get_size()]
-    if not all(str(size).isdigit() for size in sizes) or kind_of(x.get_device()) not in WAYS or not spelling:
+def _weights(x: Any, planes: Sequence[Any], spelling: str, n: int, experts: int, k: int = 0) -> Weights | None:
+    """The weights `[experts, n, k]`, or None where no kernel here reads them. k: 0 for that of x."""
+    k = k or int(x.get_size()[-1])
+    if kind_of(x.get_device()) not in WAYS or not spelling or not experts:
         return None
     scheme = Scheme.parse(spelling)
-    slots, form = math.prod(map(int, ids.get_size())), format_of(scheme, n, k)
-    if form is None or not form.in_units or scheme.columns or not 0 < slots <= EXPERT_SLOTS or not experts:
+    form = format_of(scheme, n, k)
+    if form is None or not form.in_units or scheme.columns:
         return None
-    if "gemv" not in ways(x.get_device(), form, x.get_dtype(), 1):
+    return Weights(dict(zip(scheme.planes(n, k), planes, strict=True)), scheme, form, n, k, experts)
+
+
+def _stack(x: Any, ids: Any, weights: Weights) -> _Stack | None:
+    """What kernels read for a few slots; None for many."""
+    if not all(str(size).isdigit() for size in ids.get_size()):
         return None
-    weights = Weights(dict(zip(scheme.planes(n, k), planes, strict=True)), scheme, form, n, k, experts)
-    return _Stack(weights.codes, weights.scales(), weights.offsets(), form, n, k)
+    if not 0 < math.prod(map(int, ids.get_size())) <= EXPERT_SLOTS:
+        return None
+    if "gemv" not in ways(x.get_device(), weights.form, x.get_dtype(), 1):
+        return None
+    return _Stack(weights.codes, weights.scales(), weights.offsets(), weights.form, weights.n, weights.k)
+
+
+def _by_blocks(x: Any, ids: Any, weights: Weights, bias: Any | None, abi: int) -> Any | None:
+    """`[T, slots, n]` for many slots; None where tensor cores do not take these weights, or so many rows of each."""
+    tokens, slots = ids.get_size()
+    mean = -(-likely_size(tokens * slots, UNKNOWN_ROWS) // weights.experts)
+    if is_size(tokens * slots, 0) or "tiles" not in ways(x.get_device(), weights.form, x.get_dtype(), mean):
+        return None
+    size = next((rows for rows in BLOCK_ROWS if mean <= rows), BLOCK_ROWS[-1])
+
+    def make() -> Any:
+        return as_it_is(torch.ops.fxquant.expert_blocks.default, ids, weights.experts, size, abi)
+
+    owners, sources, places = once_for(ids, (weights.experts, size), make)
+    if len(x.get_size()) == 2:
+        sources = lowered(aten.div, sources, slots, rounding_mode="trunc")
+    rows = lowered(aten._unsafe_index.Tensor, lowered(aten.view, x, [-1, weights.k]), [sources])
+    y = tiled_blocks(rows, owners, weights, bias, size)
+    if y is None:
+        return None
+    y = lowered(aten.view, lowered(aten._unsafe_index.Tensor, y, [places]), [tokens, slots, weights.n])
+    return lowered(aten.where, lowered(aten.unsqueeze, _present(ids, weights.experts), 2), y, 0.0)

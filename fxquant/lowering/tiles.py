@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fxquant.inductor import from_template, lowered, realized, searches_kernels, triton_template
-from fxquant.lowering.formats import Format
 from fxquant.lowering.shapes import Choice, Tile, choices, splits, stored
 from fxquant.lowering.tiles_source import Variant, source
 from fxquant.lowering.values import Weights, aten, cast, table
@@ -37,64 +36,89 @@ def tiled(x: Any, weight: Weights, bias: Any | None, rows: int) -> Any | None:
     Returns:
         None where k and the groups consist of no steps that tensor cores take.
     """
-    form, n, k = weight.form, weight.n, weight.k
-    configs = list(_configs(_choices(x, form, n, k, rows), form, n, k, rows, x))
+    configs = _configs(_choices(x, weight, rows), weight, rows, x)
     if not configs:
         return None
     parts = configs[0][_SPLITS]
-    own = bias if parts == 1 else None
-    variant = Variant.of(form, x.get_dtype(), own is not None, parts > 1)
-    inputs = [realized(value) for value in _inputs(x, weight, own)]
-    kernels = [{key: value for key, value in config.items() if key != _SPLITS} for config in configs]
-    m = x.get_size()[0]
+    y = _product(x, weight, bias if parts == 1 else None, None, configs)
     if parts == 1:
-        return from_template(_template(variant), inputs, [m, n], x.get_dtype(), kernels)
-    stack = from_template(_template(variant), inputs, [parts, m, n], torch.float32, kernels)
-    y = lowered(aten.sum, stack, [0])
+        return y
+    y = lowered(aten.sum, y, [0])
     return cast(y if bias is None else lowered(aten.add, y, cast(bias, torch.float32)), x.get_dtype())
 
 
-def _inputs(x: Any, weight: Weights, bias: Any | None) -> Iterator[Any]:
-    """In the order of `Variant.inputs`."""
-    form, n, k, planes = weight.form, weight.n, weight.k, weight.planes
-    yield x
-    yield planes["codes"]
-    yield lowered(aten.view, planes["scales"] if form.direct else weight.scales(), [n, k // form.group])
+def tiled_blocks(x: Any, owners: Any, weights: Weights, bias: Any | None, size: int) -> Any | None:
+    """As `tiled`, for x of blocks of rows that have one expert each; of blocks without an expert, the bias of one.
+
+    Args:
+        x: `[blocks * size, k]`, bfloat16 or float16.
+        owners: `[blocks]`, their experts, or -1.
+        weights: `[experts, n, k]`.
+        bias: `[experts, n]` or None.
+        size: rows of a block, a power of two.
+    """
+    fitting = [choice for choice in _choices(x, weights, size) if size % choice.tile.rows == 0]
+    configs = _configs([Choice(choice.tile, 1) for choice in fitting], weights, size, x)
+    if not configs:
+        return None
+    return _product(x, weights, bias, owners, [{**config, "BLOCK_ROWS": size} for config in configs])
+
+
+def _product(
+    x: Any, weight: Weights, bias: Any | None, owners: Any | None, configs: Sequence[Mapping[str, int | bool]]
+) -> Any | None:
+    """What the kernel gives by the best of these configs, which split columns into as many parts; the parts as such."""
+    form, parts = weight.form, configs[0][_SPLITS]
+    variant = Variant.of(form, x.get_dtype(), bias is not None, parts > 1, owners is not None)
+    inputs = [realized(value) for value in (x, *_planes(weight, owners is not None), bias, owners) if value is not None]
+    kernels = [{key: value for key, value in config.items() if key != _SPLITS} for config in configs]
+    size, dtype = [x.get_size()[0], weight.n], x.get_dtype()
+    if parts > 1:
+        size, dtype = [parts, *size], torch.float32
+    return from_template(_template(variant), inputs, size, dtype, kernels)
+
+
+def _planes(weight: Weights, experts: bool) -> Iterator[Any]:
+    """In the order of `Variant.inputs`, `[experts, n, ...]` or `[n, ...]`."""
+    form, planes = weight.form, weight.planes
+    rows = [weight.experts, weight.n] if experts else [weight.n]
+    by_group = [*rows, weight.k // form.group]
+    yield lowered(aten.view, planes["codes"], [*rows, -1])
+    yield lowered(aten.view, planes["scales"] if form.direct else weight.scales(), by_group)
     if form.direct and form.zero != "none":
         zeros = planes["biases" if form.zero == "bias" else "zeros"]
-        yield lowered(aten.view, zeros, [n, zeros.get_size()[-1] if len(zeros.get_size()) == 2 else k // form.group])
+        yield lowered(aten.view, zeros, [*rows, -1])
     elif form.zero != "none":
-        yield lowered(aten.view, weight.offsets(), [n, k // form.group])
-    found = table(form, x)
+        yield lowered(aten.view, weight.offsets(), by_group)
+    found = table(form, planes["codes"])
     if found is not None:
         yield found
-    if bias is not None:
-        yield bias
 
 
-def _choices(x: Any, form: Format, n: int, k: int, rows: int) -> tuple[Choice, ...]:
-    """The tiles to offer: one in general, which is then taken unmeasured; all of them where kernels are searched."""
-    found = choices(stored(), torch.cuda.get_device_name(x.get_device()), form.bits, n, k, rows)
-    return found if searches_kernels() else found[:1]
+def _choices(x: Any, weight: Weights, rows: int) -> tuple[Choice, ...]:
+    """The tiles to offer, the best first."""
+    name = torch.cuda.get_device_name(x.get_device())
+    return choices(stored(), name, weight.form.bits, weight.n, weight.k, rows)
 
 
-def _configs(
-    wanted: Sequence[Choice], form: Format, n: int, k: int, rows: int, x: Any
-) -> Iterator[Mapping[str, int | bool]]:
-    """What each kernel is compiled with. All of them split columns into as many parts as the first one."""
-    seen: set[tuple[int, ...]] = set()
-    exact, parts = form.exact(x.get_dtype()), None
-    for choice in wanted:
+def _configs(wanted: Sequence[Choice], weight: Weights, rows: int, x: Any) -> list[dict[str, int | bool]]:
+    """What each kernel is compiled with. All of them split columns into as many parts as the first one.
+
+    One, which is then taken unmeasured; for each choice one where kernels are searched.
+    """
+    found: dict[tuple[int, ...], dict[str, int | bool]] = {}
+    form, n, k, parts = weight.form, weight.n, weight.k, None
+    exact = form.exact(x.get_dtype())
+    for choice in wanted if searches_kernels() else wanted[:1]:
         tile, depth = choice.tile, _depth(choice.tile, form.group, k, exact)
-        if depth is None or (key := (tile.rows, tile.columns, depth)) in seen:
+        if depth is None:
             continue
-        seen.add(key)
         if parts is None:
             programs = -(-rows // tile.rows) * -(-n // tile.columns)
             parts = choice.splits or splits(programs, k // depth, _processors(x))
         if k // depth % parts:
             continue
-        yield {
+        config = {
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.columns,
             "BLOCK_K": depth,
@@ -107,6 +131,8 @@ def _configs(
             "num_stages": tile.stages,
             _SPLITS: parts,
         }
+        found.setdefault((tile.rows, tile.columns, depth), config)
+    return list(found.values())
 
 
 def _processors(x: Any) -> int:

@@ -25,24 +25,27 @@ class Variant:
     bias: bool
     split: bool
     """The columns of the weight are split: a program gives its part of the sum."""
+    experts: bool = False
+    """There are several weights: x is blocks of `BLOCK_ROWS` rows, each for the weight that `E` says, or for none."""
 
     @classmethod
-    def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool) -> Variant:
+    def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool, experts: bool) -> Variant:
         """For weights of a format and inputs of a dtype."""
-        return cls(form.bits, form.zero, bool(form.table), form.pattern, form.power, form.exact(dtype), bias, split)
+        exact = form.exact(dtype)
+        return cls(form.bits, form.zero, bool(form.table), form.pattern, form.power, exact, bias, split, experts)
 
     @property
     def name(self) -> str:
         """A name that no other variant has."""
         kind = str(self.pattern).removeprefix("torch.") if self.pattern else "table" if self.table else "int"
         words = [f"{kind}{self.bits}", f"zero_{self.zero}"]
-        words += [word for word in ("power", "exact", "bias", "split") if getattr(self, word)]
+        words += [word for word in ("power", "exact", "bias", "split", "experts") if getattr(self, word)]
         return "fxquant_linear_" + "_".join(words)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """x, codes, scales, zeros or biases, the table, and the bias of the linear."""
-        optional = (("Z", self.zero != "none"), ("T", self.table), ("B", self.bias))
+        """x, codes, scales, zeros or biases, the table, the bias of the linear, and the experts of blocks."""
+        optional = (("Z", self.zero != "none"), ("T", self.table), ("B", self.bias), ("E", self.experts))
         return ("A", "P", "S", *(name for name, there in optional if there))
 
 
@@ -54,7 +57,10 @@ def source(variant: Variant) -> str:
     one group, the scale multiplies what a step adds, once per step and not once per weight. Elsewhere weights are
     scaled in float32, then rounded.
     """
-    lines = [_HEAD.replace("NAMES", ", ".join(f'"{name}"' for name in variant.inputs)), _STEPS[variant.split], _LOADS]
+    lines = [_HEAD.replace("NAMES", ", ".join(f'"{name}"' for name in variant.inputs))]
+    if variant.experts:
+        lines += [_OWNER, *(_OWN.replace("NAME", name) for name in variant.inputs if name in ("P", "S", "Z", "B"))]
+    lines += [_EXPERT_STEPS if variant.experts else _STEPS[variant.split], _LOADS]
     lines.append(_FIELDS[variant.bits])
     lines.append(_SCALES[variant.power])
     if variant.table:
@@ -69,13 +75,13 @@ def source(variant: Variant) -> str:
     lines.append(
         _TAIL.replace("BIAS", _BIAS if variant.bias else "").replace("PART", '"part", ' if variant.split else "")
     )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("ROW)", "1)" if variant.experts else "0)")
 
 
 _HEAD = """
 {{def_kernel(NAMES)}}
     M = {{size("A", 0)}}
-    N = {{size("P", 0)}}
+    N = {{size("P", ROW)}}
     K = {{size("A", 1)}}
     # Programs next to each other read the same rows of the weight.
     program = tl.program_id(0).to(INDEX_DTYPE)
@@ -88,6 +94,15 @@ _HEAD = """
     row_m = m % M
     row_n = n % N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)"""
+_OWNER = """\
+    # Of a block that nobody needs, no column is read.
+    owner = tl.load(E + first_m // BLOCK_ROWS)
+    steps = tl.where(owner < 0, 0, STEPS)
+    owner = tl.maximum(owner, 0)"""
+_OWN = """\
+    NAME += owner * {{stride("NAME", 0)}}"""
+_EXPERT_STEPS = """\
+    for step in range(0, steps):"""
 _STEPS = {
     False: """\
     for step in range(0, STEPS):""",
@@ -99,21 +114,21 @@ _STEPS = {
 _LOADS = """\
         a = tl.load(A + row_m[:, None] * {{stride("A", 0)}} + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
         group = step * BLOCK_K // GROUP + tl.arange(0, GROUPS)
-        s = tl.load(S + row_n[:, None] * {{stride("S", 0)}} + group[None, :])"""
+        s = tl.load(S + row_n[:, None] * {{stride("S", ROW)}} + group[None, :])"""
 
 _FIELDS = {
     2: """\
         bytes = step * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-        p = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + bytes[None, :])
+        p = tl.load(P + row_n[:, None] * {{stride("P", ROW)}} + bytes[None, :])
         even = tl.interleave(p & 3, (p >> 4) & 3)
         odd = tl.interleave((p >> 2) & 3, p >> 6)
         v = tl.interleave(even, odd)""",
     4: """\
         bytes = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        p = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + bytes[None, :])
+        p = tl.load(P + row_n[:, None] * {{stride("P", ROW)}} + bytes[None, :])
         v = tl.interleave(p & 0xF, p >> 4)""",
     8: """\
-        v = tl.load(P + row_n[:, None] * {{stride("P", 0)}} + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])""",
+        v = tl.load(P + row_n[:, None] * {{stride("P", ROW)}} + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])""",
 }
 _TABLE = """\
         v = tl.load(T + v.to(tl.int32))"""
@@ -134,10 +149,10 @@ _SCALES = {
         s = s.to(tl.float32, bitcast=True)""",
 }
 _PACKED_ZERO = """\
-        z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + (group * BITS // 8)[None, :])
+        z = tl.load(Z + row_n[:, None] * {{stride("Z", ROW)}} + (group * BITS // 8)[None, :])
         z = (z >> (group * BITS % 8).to(tl.uint8)[None, :]) & ((1 << BITS) - 1)"""
 _PLAIN_ZERO = """\
-        z = tl.load(Z + row_n[:, None] * {{stride("Z", 0)}} + group[None, :])"""
+        z = tl.load(Z + row_n[:, None] * {{stride("Z", ROW)}} + group[None, :])"""
 
 
 def _subtracted(variant: Variant) -> str:
