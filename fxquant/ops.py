@@ -58,7 +58,8 @@ def linear(
     float32 there. Against the same sum in exact arithmetic, y is off by less than `(u + (K + 8) * 2**-24) * (|x| @
     |W|.T + |bias|)`, u being half the distance of 1 to the next larger number in the dtype of x, unless it overflows or
     the scales underflow. Products of int8 codes are added up as integers, exactly, where the device does that faster;
-    those of float8 codes by the matrix units of GPUs that have them, whose sums may keep fewer bits than float32.
+    those of float8 codes by the matrix units of GPUs that have them, whose sums may keep fewer bits than float32. Where
+    Inductor compiles the call for a GPU, a code may be the second nearest, if x is next to the middle between two.
 
     The gradient of x is `grad @ W`, as if x were not quantized (the straight-through estimator, arXiv 1308.3432).
 
@@ -195,6 +196,7 @@ def quantize_activation(x: Tensor, activation: str, input_scale: Tensor | None, 
 @quantize_activation.register_fake
 def _(x: Tensor, activation: str, input_scale: Tensor | None, abi: int) -> tuple[Tensor, Tensor]:
     found = checked_activation(activation, x.shape[-1], input_scale)
+    register_lowering()
     scales = x.new_empty(scales_shape(found, x.shape), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=CODE_DTYPES[found.element]), scales
 
@@ -254,6 +256,7 @@ def _(
 ) -> Tensor:
     check_codes(x, codes, scales, scheme)
     planes_by_weight(planes, rows, scheme, x.shape[-1])
+    register_lowering()
     return x.new_empty(*x.shape[:-1], sum(rows))
 
 

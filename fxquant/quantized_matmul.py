@@ -11,15 +11,13 @@ from torch import Tensor
 from fxquant import native
 from fxquant.activation_codecs import dequantize_activation, outlier_features
 from fxquant.codecs import dequantize
+from fxquant.lowering.dispatch import FLOAT8_CAPABILITY
 from fxquant.scheme import FLOAT_SCALES, ROW, TENSOR, Activation, Scheme
 
 _MOST_FEATURES = 2**31 // (127 * 128)
 """So many products of two int8 codes are certain to add up to less than an int32 holds."""
 _CUDA_ROWS = 17
 """cuBLAS multiplies int8 matrices with at least so many rows, and dimensions that are multiples of 8."""
-
-_FLOAT8_CAPABILITY = (8, 9)
-"""The least compute capability of GPUs that multiply float8."""
 
 
 def multiply(
@@ -93,7 +91,7 @@ def _multiplies_float8(activation: Activation, device: torch.device, n: int, k: 
     # On CPUs torch's product is slower than to decode both sides.
     if device.type != "cuda" or torch.version.hip or activation.threshold:
         return False
-    return n > 0 and n % 16 == 0 and k % 16 == 0 and torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+    return n > 0 and n % 16 == 0 and k % 16 == 0 and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def _scaled_product(

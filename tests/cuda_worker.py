@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import fxquant.compiler
+from fxquant.activation_codecs import dequantize_activation, quantize_activation
 from fxquant.codecs import dequantize, quantize
 from fxquant.expert_ops import ABI
 from fxquant.scheme import Scheme
@@ -137,13 +138,26 @@ def gated_experts(m: int, spelling: str) -> Graph:
     return fn, [_x(m), ids, weights, *first, *second]
 
 
+def shared(m: int, spelling: str) -> Graph:
+    """Two weights of different schemes, which read the same codes."""
+    first = len(shapes(spelling, N, K))
+
+    def fn(x: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+        codes, scales = torch.ops.fxquant.quantize_activation(x, "int8", None, ABI)
+        parts = ((spelling, p[:first]), ("int8+int8", p[first:]))
+        on_codes = torch.ops.fxquant.linear_on_codes
+        return tuple(on_codes(x, codes, scales, list(own), [], scheme, [N], ABI) for scheme, own in parts)
+
+    return fn, [_x(m), *shapes(spelling, N, K), *shapes("int8+int8", N, K)]
+
+
 def _x(m: int, k: int = K) -> Tensor:
     return torch.zeros(m, k, dtype=torch.bfloat16)
 
 
 GRAPHS = {
     make.__name__: make
-    for make in (plain, gated, block, attention, epilogue, narrow, wide, siblings, experts, gated_experts)
+    for make in (plain, gated, block, attention, epilogue, narrow, wide, siblings, shared, experts, gated_experts)
 }
 
 
@@ -242,12 +256,22 @@ def _numbers(
     (y,) = offline_triton.interpret(generated, [x, *flat, *biases], folder)
     weight = torch.cat([dequantize(p, scheme, n, k) for p, n in zip(planes, rows, strict=True)]).double()
     added = torch.cat([b if b.numel() else torch.zeros(n) for b, n in zip(biases, rows, strict=True)]) if bias else 0
-    exact = torch.relu(F.linear(x.double(), weight) + added)
-    magnitude = F.linear(x.double().abs(), weight.abs()) + (added.abs() if bias else 0)
+    pairs = [(_multiplied(x, scheme, part), w) for part, w in zip(planes, weight.split(rows), strict=True)]
+    exact = torch.relu(torch.cat([F.linear(v, w) for v, w in pairs], -1) + added)
+    magnitude = torch.cat([F.linear(v.abs(), w.abs()) for v, w in pairs], -1)
+    magnitude = magnitude + (added.abs() if bias else 0)
     step = torch.finfo(x.dtype).eps
     limit = 2 * step * magnitude + 2.0**-23 * k**0.5 * magnitude + 1e-30
     error = ((y.double() - exact).abs() / limit).max().item()
     return {"error": error, "launches": generated.launches, "externs": generated.externs}
+
+
+def _multiplied(x: Tensor, scheme: Scheme, planes: dict[str, Tensor]) -> Tensor:
+    """What x is, or stands for where it is quantized, float64."""
+    if scheme.activation is None:
+        return x.double()
+    coded = quantize_activation(x, scheme.activation, planes.get("input_scale"))
+    return dequantize_activation(*coded, scheme.activation).double()
 
 
 def expert_numbers(requests: Sequence[Any], folder: Path) -> list[dict[str, Any]]:

@@ -101,8 +101,11 @@ class _Interpreted:
             self.meta.update(kwargs.get("inductor_meta", {}))
             return lambda fn: fn
 
-        # The interpreter has no libdevice.
+        # The interpreter has no libdevice. What is rounded is less than 2**22.
         code = re.sub(r"libdevice\.(exp|sqrt|rsqrt)\(", r"tl.\1(", code)
+        code = re.sub(r"libdevice\.nearbyint\((\w+)\)", r"((\1 + 12582912.0) - 12582912.0)", code)
+        code = code.replace("triton_helpers.max2(", "tl.max(")  # which it would do number by number
+        code = re.sub(r"libdevice\.isnan\((\w+)\)", r"(\1 != \1)", code)
         kinds = ("template", "pointwise", "reduction", "persistent_reduction")
         with mock.patch.multiple(heuristics, **dict.fromkeys(kinds, keep)):
             self.fn = getattr(_module(name, code, folder), name)
@@ -119,12 +122,16 @@ class _Interpreted:
         return tuple(math.ceil(count / block) for count, block in sizes if count is not None)
 
 
-def _teach_bfloat16() -> None:
-    """Triton's interpreter keeps bfloat16 as its bits, which it multiplies as integers and truncates to, not rounds."""
+def _teach_small_floats() -> None:
+    """Triton's interpreter keeps bfloat16 as its bits, which it multiplies as integers and truncates to, not rounds.
+
+    To float8 it truncates as well.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    plain_convert = InterpreterBuilder.create_fp_to_fp
     if plain_dot.__module__ == __name__:
         return
 
@@ -141,8 +148,15 @@ def _teach_bfloat16() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain_dot(self, wide(a), wide(b), *rest)
 
+    def create_fp_to_fp(self: Any, source: Any, wanted: Any, rounding: Any) -> Any:
+        if wanted.scalar != tl.float8e4nv:
+            return plain_convert(self, source, wanted, rounding)
+        rounded = torch.from_numpy(source.data).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
     builder = InterpreterBuilder()
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 def _poisoned(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -160,7 +174,7 @@ def interpret(generated: Generated, inputs: Sequence[Tensor], folder: Path) -> l
     def triton(self: Any, name: str, code: str, device_str: str) -> _Interpreted:
         return _Interpreted(name, code, folder)
 
-    _teach_bfloat16()
+    _teach_small_floats()
     source = re.sub(r"^empty_strided_cuda = .*$", "empty_strided_cuda = poisoned", generated.source, flags=re.M)
     space: dict[str, Any] = {"__name__": "generated", "poisoned": _poisoned}
     with mock.patch.multiple(AsyncCompile, triton=triton, wait=lambda self, scope: None):

@@ -58,6 +58,16 @@ FUSED = {
     "plain 1 int4-g64-perm": (2, 1),
     "epilogue 16 fp8": (1, 1),
     "epilogue 16 int2-g64": (1, 1),
+    # Activations in codes: these first, by what computes x, then one kernel.
+    "gated 1 int4-g128+int8": (2, 1),
+    "plain 1 fp8+fp8": (2, 1),
+    "plain 8 int8+int8": (2, 1),
+    "siblings 16 int4-g128+int8": (5, 3),
+    "block 1 int8+int8": (4, 2),
+    "shared 1 int4-g128+int8": (3, 2),
+    "shared 8 int4-g128+int8": (3, 2),
+    "plain 16 fp8-b128x128+fp8-g128": (3, 1),
+    "epilogue 8 fp8+fp8 symbolic": (2, 1),
     # Scales and biases are computed first, for one kernel that reads them.
     "plain 8 nf4-dq": (2, 2),
     "plain 8 q4_k": (3, 3),
@@ -83,7 +93,8 @@ SORTED = {
     "experts 64 fp8-b128x128": (4, 1),
 }
 """The same of many tokens for experts, whose order one call of the library finds."""
-AS_IT_IS = ["plain 8 int8+int8", "experts 1 tq1_0", "experts 64 int3-g64", "gated_experts 64 int4-g128"]
+AS_IT_IS = ["plain 300 int8+int8", "plain 300 fp8+fp8", "plain 8 llm-int8", "plain 8 nf4+int8"]
+AS_IT_IS += ["experts 1 tq1_0", "experts 64 int3-g64", "gated_experts 64 int4-g128"]
 COMPILED = ["gated 1 int4-g128", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128", "narrow 16 int4-g128"]
 COMPILED += [
     "plain 1 q4_k",
@@ -116,6 +127,8 @@ WIDTHS = [
     "mxfp6",
     "bitnet",
 ]
+ACTIVATIONS = ["int8+int8", "int4-g64+int8", "int8-g64-asym+int8-static", "fp8+fp8", "fp8-b16x128+fp8-g128"]
+ACTIVATIONS += ["int4-g64-perm+int8", "mxfp4+int8", "fp8+fp8-static"]
 IRREGULAR = ["trit-g64", "tq1_0", "int4-g64-perm", "int8-tensor", "int4-flat64-asym", "int8-b8x64-bias"]
 TABLES = ["nf4", "fp4", "mxfp4", "iq4_nl", "table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2,4,8)-g32-fp32"]
 
@@ -136,6 +149,9 @@ def _numbers() -> list[list[Any]]:
         found.append([spelling, 1, [24], 512, "bfloat16", False, False])
         found.append([spelling, 3, [24], 512, "float16", False, False])
     found += [
+        *([spelling, 1, [34], 256, "bfloat16", True, False] for spelling in ACTIVATIONS),
+        *([spelling, 5, [18, 16], 256, "float16", i % 2 == 0, False] for i, spelling in enumerate(ACTIVATIONS)),
+        ["int4-g64+int8", 3, [24], 2048, "bfloat16", True, False],  # columns in parts
         # blocks that straddle rows, blocks at the end of a row that are smaller, fields that end within a byte
         ["nf4", 1, [19], 96, "bfloat16", False, False],
         ["nf4-dq", 3, [19], 200, "bfloat16", False, False],

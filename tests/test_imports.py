@@ -27,9 +27,9 @@ FLOORS: list[set[str]] = [
     },
     {"devices", "listing", "bits", "expert_layouts", "checkpoint_files"},
     {"scheme", "patterns", "borders", "name_match", "graph_boxes", "example_inputs", "perplexity", "pretrained"},
-    {"native", "experts", "expert_containers", "cost"},
+    {"native", "experts", "expert_containers", "cost", "activation_codecs"},
     {
-        *("codecs", "activation_codecs", "lowering", "torchao_configs", "graph_picture", "graph_view", "tensor_files"),
+        *("codecs", "lowering", "torchao_configs", "graph_picture", "graph_view", "tensor_files"),
         "speed_notes",
     },
     {"quantized_matmul", "op_arguments", "op_registration", "plane_stacks", "unfinished", "recoding"},

@@ -52,6 +52,8 @@ WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
 
 UNKNOWN_ROWS = 64
 """So many rows a symbolic batch is taken to have where nothing tells."""
+FLOAT8_CAPABILITY = (8, 9)
+"""The least compute capability of GPUs that convert to float8 and multiply it."""
 EXPERT_SLOTS = 64
 """Up to so many slots of experts, each reads the planes of its own expert. With more of them, many would read the same
 planes: they are sorted into blocks of rows, each of which reads those of one."""

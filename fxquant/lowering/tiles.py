@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,19 @@ _DEEP = 64
 """A step of fewer columns computes too little for what it costs."""
 
 
-def tiled(x: Any, weight: Weights, bias: Any | None, rows: int) -> Any | None:
+@dataclass(frozen=True)
+class Scaled:
+    """What x is multiplied by behind products, where it is codes."""
+
+    scales: Any
+    """Float32 `[m, groups]`."""
+    group: int
+    """Columns that share one."""
+    dtype: torch.dtype
+    """Of the result."""
+
+
+def tiled(x: Any, weight: Weights, bias: Any | None, rows: int, scaled: Scaled | None = None) -> Any | None:
     """`x @ W.T + bias` for x `[m, k]`, bfloat16 or float16: `[m, n]`, rounded once.
 
     Where too few programs would compute for the GPU, each takes a part of the columns. Another kernel adds the parts
@@ -32,19 +46,21 @@ def tiled(x: Any, weight: Weights, bias: Any | None, rows: int) -> Any | None:
         weight: `[n, k]`.
         bias: `[n]` or None.
         rows: what m is, or likely is.
+        scaled: what the result is x times, besides.
 
     Returns:
         None where k and the groups consist of no steps that tensor cores take.
     """
-    configs = _configs(_choices(x, weight, rows), weight, rows, x)
+    configs = _configs(_choices(x, weight, rows), weight, rows, x, scaled)
     if not configs:
         return None
     parts = configs[0][_SPLITS]
-    y = _product(x, weight, bias if parts == 1 else None, None, configs)
+    y = _product(x, weight, bias if parts == 1 else None, None, configs, scaled)
     if parts == 1:
         return y
     y = lowered(aten.sum, y, [0])
-    return cast(y if bias is None else lowered(aten.add, y, cast(bias, torch.float32)), x.get_dtype())
+    y = y if bias is None else lowered(aten.add, y, cast(bias, torch.float32))
+    return cast(y, scaled.dtype if scaled else x.get_dtype())
 
 
 def tiled_blocks(x: Any, owners: Any, weights: Weights, bias: Any | None, size: int) -> Any | None:
@@ -65,14 +81,20 @@ def tiled_blocks(x: Any, owners: Any, weights: Weights, bias: Any | None, size: 
 
 
 def _product(
-    x: Any, weight: Weights, bias: Any | None, owners: Any | None, configs: Sequence[Mapping[str, int | bool]]
+    x: Any,
+    weight: Weights,
+    bias: Any | None,
+    owners: Any | None,
+    configs: Sequence[Mapping[str, int | bool]],
+    scaled: Scaled | None = None,
 ) -> Any | None:
     """What the kernel gives by the best of these configs, which split columns into as many parts; the parts as such."""
     form, parts = weight.form, configs[0][_SPLITS]
-    variant = Variant.of(form, x.get_dtype(), bias is not None, parts > 1, owners is not None)
-    inputs = [realized(value) for value in (x, *_planes(weight, owners is not None), bias, owners) if value is not None]
+    variant = Variant.of(form, x.get_dtype(), bias is not None, parts > 1, owners is not None, scaled is not None)
+    values = (x, *_planes(weight, owners is not None), bias, owners, scaled.scales if scaled else None)
+    inputs = [realized(value) for value in values if value is not None]
     kernels = [{key: value for key, value in config.items() if key != _SPLITS} for config in configs]
-    size, dtype = [x.get_size()[0], weight.n], x.get_dtype()
+    size, dtype = [x.get_size()[0], weight.n], scaled.dtype if scaled else x.get_dtype()
     if parts > 1:
         size, dtype = [parts, *size], torch.float32
     return from_template(_template(variant), inputs, size, dtype, kernels)
@@ -101,16 +123,18 @@ def _choices(x: Any, weight: Weights, rows: int) -> tuple[Choice, ...]:
     return choices(stored(), name, weight.form.bits, weight.n, weight.k, rows)
 
 
-def _configs(wanted: Sequence[Choice], weight: Weights, rows: int, x: Any) -> list[dict[str, int | bool]]:
+def _configs(
+    wanted: Sequence[Choice], weight: Weights, rows: int, x: Any, scaled: Scaled | None = None
+) -> list[dict[str, int | bool]]:
     """What each kernel is compiled with. All of them split columns into as many parts as the first one.
 
     One, which is then taken unmeasured; for each choice one where kernels are searched.
     """
     found: dict[tuple[int, ...], dict[str, int | bool]] = {}
     form, n, k, parts = weight.form, weight.n, weight.k, None
-    exact = form.exact(x.get_dtype())
+    exact, group = form.exact(x.get_dtype()), math.gcd(form.group, scaled.group if scaled else 0)
     for choice in wanted if searches_kernels() else wanted[:1]:
-        tile, depth = choice.tile, _depth(choice.tile, form.group, k, exact)
+        tile, depth = choice.tile, _depth(choice.tile, group, k, exact, scaled is not None)
         if depth is None:
             continue
         if parts is None:
@@ -127,6 +151,7 @@ def _configs(wanted: Sequence[Choice], weight: Weights, rows: int, x: Any) -> li
             "GROUPS": max(depth // form.group, 1),
             "LOW": form.low,
             "SCALE_LAST": exact and depth <= form.group,
+            **({"X_GROUP": scaled.group} if scaled else {}),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             _SPLITS: parts,
@@ -139,11 +164,14 @@ def _processors(x: Any) -> int:
     return int(torch.cuda.get_device_properties(x.get_device()).multi_processor_count)
 
 
-def _depth(tile: Tile, group: int, k: int, exact: bool) -> int | None:
-    """The columns of a step: whole steps within a group where that spares the scaling of weights, else as many."""
+def _depth(tile: Tile, group: int, k: int, exact: bool, inside: bool) -> int | None:
+    """The columns of a step: whole steps within a group where that spares the scaling of weights, else as many.
+
+    Where they have to be `inside` of a group, no more than that.
+    """
     fitting = [d for d in _DEPTHS if d <= tile.depth and k % d == 0 and (group % d == 0 or d % group == 0)]
-    within = [d for d in fitting if exact and d >= _DEEP and group % d == 0]
-    return next(iter(within or fitting), None)
+    within = [d for d in fitting if exact and (d >= _DEEP or inside) and group % d == 0]
+    return next(iter(within if inside else within or fitting), None)
 
 
 @functools.cache

@@ -27,25 +27,30 @@ class Variant:
     """The columns of the weight are split: a program gives its part of the sum."""
     experts: bool = False
     """There are several weights: x is blocks of `BLOCK_ROWS` rows, each for the weight that `E` says, or for none."""
+    scaled: bool = False
+    """x is codes, of which `X_GROUP` in a row share a scale."""
 
     @classmethod
-    def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool, experts: bool) -> Variant:
+    def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool, experts: bool, scaled: bool) -> Variant:
         """For weights of a format and inputs of a dtype."""
-        exact = form.exact(dtype)
-        return cls(form.bits, form.zero, bool(form.table), form.pattern, form.power, exact, bias, split, experts)
+        kind = (form.bits, form.zero, bool(form.table), form.pattern, form.power, form.exact(dtype))
+        return cls(*kind, bias, split, experts, scaled)
 
     @property
     def name(self) -> str:
         """A name that no other variant has."""
         kind = str(self.pattern).removeprefix("torch.") if self.pattern else "table" if self.table else "int"
         words = [f"{kind}{self.bits}", f"zero_{self.zero}"]
-        words += [word for word in ("power", "exact", "bias", "split", "experts") if getattr(self, word)]
+        words += [word for word in ("power", "exact", "bias", "split", "experts", "scaled") if getattr(self, word)]
         return "fxquant_linear_" + "_".join(words)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """x, codes, scales, zeros or biases, the table, the bias of the linear, and the experts of blocks."""
-        optional = (("Z", self.zero != "none"), ("T", self.table), ("B", self.bias), ("E", self.experts))
+        """x, codes, scales, zeros or biases, the table, the bias of the linear, the experts of blocks, scales of x."""
+        optional = (
+            *(("Z", self.zero != "none"), ("T", self.table), ("B", self.bias)),
+            *(("E", self.experts), ("X", self.scaled)),
+        )
         return ("A", "P", "S", *(name for name, there in optional if there))
 
 
@@ -71,7 +76,8 @@ def source(variant: Variant) -> str:
         packed = variant.zero == "int" and variant.bits < 8
         lines.append(_PACKED_ZERO.replace("BITS", str(variant.bits)) if packed else _PLAIN_ZERO)
     lines.append(_subtracted(variant))
-    lines.append(_PRODUCT.replace("SHIFT", " + z.to(tl.float32)[:, :, None]" if variant.zero == "bias" else ""))
+    product = _PRODUCT.replace("SHIFT", " + z.to(tl.float32)[:, :, None]" if variant.zero == "bias" else "")
+    lines.append(product.replace("SCALED", _SCALED if variant.scaled else ""))
     lines.append(
         _TAIL.replace("BIAS", _BIAS if variant.bias else "").replace("PART", '"part", ' if variant.split else "")
     )
@@ -171,12 +177,13 @@ def _subtracted(variant: Variant) -> str:
 _PRODUCT = """\
         if SCALE_LAST:
             w = tl.reshape(v.to(a.dtype), (BLOCK_N, BLOCK_K))
-            acc += tl.dot(a, tl.trans(w), out_dtype=tl.float32) * tl.trans(s)
+            acc += tl.dot(a, tl.trans(w), out_dtype=tl.float32) * tl.trans(s)SCALED
         else:
             w = v.to(tl.float32) * s[:, :, None]SHIFT
             w = tl.reshape(w.to(a.dtype), (BLOCK_N, BLOCK_K))
             acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.float32)"""
 
+_SCALED = """ * tl.load(X + row_m * {{stride("X", 0)}} + step * BLOCK_K // X_GROUP)[:, None]"""
 _BIAS = """
     acc += tl.load(B + row_n)[None, :].to(tl.float32)"""
 

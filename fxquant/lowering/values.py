@@ -136,7 +136,7 @@ def decoded_codes(codes: Any, form: Format, values: Any | None) -> Any:
     if values is not None:
         return looked_up(values, codes)
     if form.pattern is not None:
-        return _small_float(codes, form.pattern)
+        return small_float(codes, form.pattern)
     number = cast(codes, _FLOAT)
     return lowered(aten.add, number, float(form.low)) if form.low else number
 
@@ -155,7 +155,7 @@ def _scale(stored: Any, kind: ScaleType) -> Any:
         bits = lowered(aten.where, lowered(aten.eq, codes, 2 * _BIAS + 1), _NAN, bits)
         return lowered(aten.view.dtype, bits, _FLOAT)
     if kind.pattern is not None:
-        return _small_float(stored, kind.pattern)
+        return small_float(stored, kind.pattern)
     value = cast(stored, _FLOAT)
     if kind.dtype is None:
         value = lowered(aten.mul, value, float(kind.step)) if kind.step != 1 else value
@@ -163,7 +163,7 @@ def _scale(stored: Any, kind: ScaleType) -> Any:
     return value
 
 
-def _small_float(codes: Any, pattern: torch.dtype) -> Any:
+def small_float(codes: Any, pattern: torch.dtype) -> Any:
     """Bit patterns of 8-bit floats as float32, on every GPU: by way of float16, whose exponent has five bits."""
     codes = cast(codes, torch.int16)
     if pattern == torch.float8_e5m2:
