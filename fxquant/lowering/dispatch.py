@@ -52,6 +52,8 @@ WAYS: Mapping[str, tuple[Span, ...]] = MappingProxyType(
 
 UNKNOWN_ROWS = 64
 """So many rows a symbolic batch is taken to have where nothing tells."""
+CODE_ROWS = 128
+"""Up to so many rows of codes go to tiles; with more, the library multiplies codes of both sides where it can."""
 FLOAT8_CAPABILITY = (8, 9)
 """The least compute capability of GPUs that convert to float8 and multiply it."""
 EXPERT_SLOTS = 64

@@ -11,7 +11,7 @@ import torch
 from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, once_for, side_by_side
 from fxquant.lowering.activations import by_row, decoded, encoded, numbers
 from fxquant.lowering.decoded import decoded_weight, in_order, product
-from fxquant.lowering.dispatch import FLOAT8_CAPABILITY, UNKNOWN_ROWS, WAYS, kind_of, ways
+from fxquant.lowering.dispatch import CODE_ROWS, FLOAT8_CAPABILITY, UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import format_of
 from fxquant.lowering.gemv import gemv
 from fxquant.lowering.tiles import Scaled, tiled
@@ -135,8 +135,8 @@ def _of_one_row(x: Any, weight: Weights, bias: Any | None, dtype: torch.dtype) -
 
 def _encodes(x: Any, activation: Activation) -> bool:
     """Whether activations are quantized here: outliers are left to the op, and so is fp8 to old GPUs."""
-    device = x.get_device()
-    if activation.threshold or kind_of(device) not in WAYS or not str(x.get_size()[-1]).isdigit():
+    device, known = x.get_device(), str(x.get_size()[-1]).isdigit()
+    if activation.threshold or kind_of(device) not in WAYS or not known or x.get_dtype() == torch.float64:
         return False
     return activation.element == "int8" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
@@ -162,13 +162,11 @@ def _product_of_codes(
         row = once_for(codes, _FLOAT, lambda: decoded(codes, scales, activation))
         return _of_one_row(in_order(row, perm), weight, bias, dtype)
     alike = weight.scheme.element == activation.element and form.group == weight.k and not activation.group
-    most = next(span.most or 0 for span in WAYS["cuda"] if span.way == "tiles" and 8 in (span.bits or ()))
-    if (alike and likely > most) or not form.exact(torch.bfloat16) or (perm is not None and activation.group):
+    if (alike and likely > CODE_ROWS) or not form.exact(torch.bfloat16) or (perm is not None and activation.group):
         return None
-    if "tiles" not in ways(x.get_device(), form, torch.bfloat16, min(likely, most)):
+    if "tiles" not in ways(x.get_device(), form, torch.bfloat16, min(likely, CODE_ROWS)):
         return None
-    matrix = lowered(aten.view, once_for(codes, torch.bfloat16, lambda: numbers(codes, torch.bfloat16)), [-1, weight.k])
-    size = activation.group or weight.k
-    return tiled(
-        in_order(matrix, perm), weight, bias, likely, Scaled(by_row(scales, matrix.get_size()[0]), size, dtype)
-    )
+    matrix = once_for(codes, torch.bfloat16, lambda: numbers(codes, torch.bfloat16))
+    matrix = in_order(lowered(aten.view, matrix, [-1, weight.k]), perm)
+    scaled = Scaled(by_row(scales, matrix.get_size()[0]), activation.group or weight.k, dtype)
+    return tiled(matrix, weight, bias, likely, scaled)
