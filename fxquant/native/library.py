@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,8 @@ def load(what: str, instead: str, *parts: Sequence[str], contract: bool) -> tupl
         return compile_cpp(text, (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}"))
 
     try:
-        with ThreadPoolExecutor() as compilers:
+        # A compiler takes up to 1 GB: no more of them than processors.
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
             return tuple(compilers.map(build, parts))
     except Exception as error:  # a compiler can fail in any way, and nothing here depends on it
         reason = str(error).strip().splitlines() or [type(error).__name__]

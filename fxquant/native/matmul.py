@@ -20,15 +20,23 @@ from fxquant.native.places import Place
 from fxquant.scheme import Scheme
 
 _SHARED = ("vectors.h", "bits.h", "matmul.h", "matmul_levels.h", "matmul_units.h", "matmul_task.h", "matmul_tasks.h")
-_GENERAL = (*_SHARED, "matmul_kernels.h", "matmul_general.cpp")
-_SOURCES = (
+_KERNELS = (
     *_SHARED,
     *("matmul_inputs.h", "matmul_panels.h", "matmul_strips.h", "matmul_codes.h"),
     *("matmul_codes_single.h", "matmul_strips_digits.h"),
-    *("matmul_pairs.h", "matmul_words_floats.h", "matmul_words_codes.h", "matmul_words.h", "matmul_strips_floats.h"),
-    *("matmul_tiles.h", "amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h"),
-    *("matmul.cpp", "gated.cpp"),
+    *("matmul_pairs.h", "matmul_words_floats.h", "matmul_words_codes.h", "matmul_turns.h", "matmul_words.h"),
+    *("matmul_strips_floats.h", "matmul_tiles.h"),
+    *("amx.h", "matmul_amx_floats.h", "matmul_amx_codes.h", "matmul_amx.h", "matmul_parts.h"),
 )
+_PARTS = {
+    "strips": (*_KERNELS, "matmul_strips.cpp"),
+    "general": (*_SHARED, "matmul_kernels.h", "matmul_parts.h", "matmul_general.cpp"),
+    "words": (*_KERNELS, "matmul_words.cpp"),
+    "codes": (*_KERNELS, "matmul_codes.cpp"),
+    "tiled": (*_KERNELS, "matmul_amx.cpp"),
+}
+"""Libraries of kernels, each with a function `fxquant_give_<name>`. What takes longest to compile comes first."""
+_MAIN = (*_KERNELS, "matmul.cpp", "gated.cpp")
 _FEW_IDS = 16
 """So many rows are never too many."""
 
@@ -227,11 +235,15 @@ def library() -> ctypes.CDLL | None:
     instead = "weights are decoded as a whole for every product instead, many times slower"
     with ThreadPoolExecutor() as beside:
         beside.submit(known.library)
-        libraries = load("product", instead, _SOURCES, _GENERAL, contract=True)
+        libraries = load("product", instead, *_PARTS.values(), _MAIN, contract=True)
     if libraries is None:
         return None
-    built, general = libraries
-    built.fxquant_use(general.fxquant_multiply_generally)
+    *parts, built = libraries
+    built.fxquant_kernels.restype = ctypes.c_void_p
+    for name, part in zip(_PARTS, parts, strict=True):
+        give = getattr(part, f"fxquant_give_{name}")
+        give.argtypes, give.restype = [ctypes.c_void_p], None
+        give(built.fxquant_kernels())
     for function in (built.fxquant_multiply, built.fxquant_gated_experts):
         function.argtypes, function.restype = [ctypes.c_void_p], None
     built.fxquant_most_rows.argtypes, built.fxquant_most_rows.restype = [ctypes.c_int], ctypes.c_int64

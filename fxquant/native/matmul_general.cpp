@@ -1,4 +1,4 @@
-// Products by `Kernel`, with every element: a library of its own, so that two compilers can be at work at once.
+// Products by `Kernel`, with every element.
 
 namespace {
 
@@ -9,16 +9,19 @@ template <bool AFFINE> void multiply_wide(const Product& job) {
     else multiply<Kernel<Wide<8, AFFINE>>>(job);
 }
 
+bool multiply_generally(const Product& job) {
+    if (job.bits == 1) multiply<Kernel<Few<1>>>(job);
+    else if (job.bits == 2) multiply<Kernel<Few<2>>>(job);
+    else if (job.bits == 3) multiply<Kernel<Few<3>>>(job);
+    else if (job.bits == 4) multiply<Kernel<Few<4>>>(job);
+    else if (job.kind == 1) multiply<Kernel<Table6>>(job);
+    else if (job.kind == 2) multiply<Kernel<Float8<true>>>(job);
+    else if (job.kind == 3) multiply<Kernel<Float8<false>>>(job);
+    else if (job.zero) multiply_wide<true>(job);
+    else multiply_wide<false>(job);
+    return true;
+}
+
 } // namespace
 
-extern "C" void fxquant_multiply_generally(const Product* job) {
-    if (job->bits == 1) multiply<Kernel<Few<1>>>(*job);
-    else if (job->bits == 2) multiply<Kernel<Few<2>>>(*job);
-    else if (job->bits == 3) multiply<Kernel<Few<3>>>(*job);
-    else if (job->bits == 4) multiply<Kernel<Few<4>>>(*job);
-    else if (job->kind == 1) multiply<Kernel<Table6>>(*job);
-    else if (job->kind == 2) multiply<Kernel<Float8<true>>>(*job);
-    else if (job->kind == 3) multiply<Kernel<Float8<false>>>(*job);
-    else if (job->zero) multiply_wide<true>(*job);
-    else multiply_wide<false>(*job);
-}
+extern "C" void fxquant_give_general(Kernels* to) { to->general = multiply_generally; }
