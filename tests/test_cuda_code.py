@@ -66,7 +66,6 @@ FUSED = {
     "block 1 int8+int8": (4, 2),
     "shared 1 int4-g128+int8": (3, 2),
     "shared 8 int4-g128+int8": (3, 2),
-    "plain 16 fp8-b128x128+fp8-g128": (3, 1),
     "epilogue 8 fp8+fp8 symbolic": (2, 1),
     # Scales and biases are computed first, for one kernel that reads them.
     "plain 8 nf4-dq": (2, 2),
