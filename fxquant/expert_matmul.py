@@ -224,6 +224,7 @@ class Blocks:
             size: of a block; 0: 1 for up to as many slots as experts, else the mean of slots or a little more.
             count: of blocks; 0: as few as suffice wherever tokens go.
         """
+        ids = ids.contiguous()
         slots, present = ids.numel(), _present(ids, experts)
         size = size or 1 << max(-(-slots // experts) - 1, 0).bit_length()
         flat = torch.where(present, ids, experts).view(-1)

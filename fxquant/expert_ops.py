@@ -40,8 +40,8 @@ def experts(
 
     Each product is that of `fxquant::linear` with the weight of that expert, to the same bounds. Where the scheme
     counts features as outliers, they are those that reach the threshold anywhere in x. Planes of experts that are not
-    hit make no difference and are not read. All shapes follow from those of x and ids, and the host never waits for the
-    device.
+    hit make no difference, and their codes are not read. All shapes follow from those of x and ids, and the host never
+    waits for the device.
 
     The gradient of x is `grad @ W`, as if x were not quantized. Biases have gradients, and weights that are there as
     they are.
@@ -99,8 +99,8 @@ def expert_blocks(ids: Tensor, experts: int, size: int, abi: int) -> tuple[Tenso
     if not ids.numel():
         return ids.new_full((experts,), -1), ids.new_zeros(experts * size), ids.new_zeros(0)
     blocks = Blocks.of(ids, experts, size, ids.numel() // size + experts)
-    places = blocks.places.view(-1)
-    return blocks.owners, blocks.slots, torch.where(places < len(blocks.slots), places, 0)
+    places, rows = blocks.places.view(-1), len(blocks.owners) * size
+    return blocks.owners, blocks.slots, torch.where(places < rows, places, 0)
 
 
 @expert_blocks.register_fake

@@ -28,6 +28,7 @@ __all__ = [
     "gathered",
     "has_bfloat16_products",
     "indices",
+    "is_positive",
     "is_size",
     "likely_size",
     "lowered",
@@ -110,10 +111,19 @@ def as_it_is(op: OpOverload, *args: Any) -> Any:
 
 
 def constant(tensor: Tensor) -> Any:
-    """A tensor that is known when a graph is compiled, as a value: `add_tensor_constant`, read in torch 2.11, 2.13."""
+    """A tensor that is known when a graph is compiled, as a value.
+
+    `add_tensor_constant`, which gives values to the module of the outermost graph alone; a graph inside of another one,
+    its `parent`, asks its own `constants` for them: read in torch 2.11, 2.13.
+    """
     from torch._inductor.virtualized import V
 
-    return V.graph.add_tensor_constant(tensor)
+    root: Any = V.graph
+    while hasattr(root, "parent"):
+        root = root.parent
+    value = root.add_tensor_constant(tensor)
+    V.graph.constants.setdefault(value.get_name(), tensor)
+    return value
 
 
 def gathered(value: Any, size: Sequence[int], place: Callable[..., Sequence[Any]]) -> Any:
@@ -276,6 +286,13 @@ def is_size(size: Any, number: int) -> bool:
     from torch._inductor.virtualized import V
 
     return bool(V.graph.sizevars.statically_known_equals(size, number))
+
+
+def is_positive(size: Any) -> bool:
+    """Whether a size of Inductor's, maybe a symbol, is more than 0 for certain: read in torch 2.11, 2.13."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.sizevars.statically_known_gt(size, 0))
 
 
 def likely_size(size: Any, unknown: int) -> int:

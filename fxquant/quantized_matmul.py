@@ -11,8 +11,8 @@ from torch import Tensor
 from fxquant import native
 from fxquant.activation_codecs import dequantize_activation, outlier_features
 from fxquant.codecs import dequantize
-from fxquant.lowering.dispatch import FLOAT8_CAPABILITY
-from fxquant.scheme import FLOAT_SCALES, ROW, TENSOR, Activation, Scheme
+from fxquant.lowering.dispatch import CODE_MULTIPLES, FLOAT8_CAPABILITY
+from fxquant.scheme import Activation, Scheme
 
 _MOST_FEATURES = 2**31 // (127 * 128)
 """So many products of two int8 codes are certain to add up to less than an int32 holds."""
@@ -59,19 +59,12 @@ def multiply(
 
 
 def _matmul_of_codes(scheme: Scheme, device: torch.device, n: int, k: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The device's fast product of the codes of both sides; None where it has none.
-
-    Both have to be int8 or float8, with scales that are constant along K.
-    """
-    activation = scheme.activation
+    """The device's fast product of the codes of both sides; None where it has none."""
+    activation, element = scheme.activation, scheme.multiplied_codes
     assert activation is not None
-    plain = scheme.zero == "none" and scheme.block in (ROW, TENSOR) and not scheme.columns and not activation.group
-    single = scheme.scale in FLOAT_SCALES and scheme.outer is None and not scheme.double
-    if not (plain and single):
-        return None
-    if scheme.element == "int8" and activation.element == "int8":
+    if element == "int8":
         return _integer_matmul if _multiplies_integers(activation, device, n, k) else None
-    if scheme.element == "fp8" and activation.element == "fp8":
+    if element == "fp8":
         return _float8_matmul if _multiplies_float8(activation, device, n, k) else None
     return None
 
@@ -82,7 +75,8 @@ def _multiplies_integers(activation: Activation, device: torch.device, n: int, k
         return False
     if device.type == "cuda":
         # To gather outlier features, the host would have to wait for the device.
-        return not activation.threshold and n > 0 and n % 8 == 0 and k % 8 == 0
+        multiple = CODE_MULTIPLES["int8"]
+        return not activation.threshold and n > 0 and n % multiple == 0 and k % multiple == 0
     # Without AVX512, torch multiplies int8 matrices in a loop over scalars: slower than float32.
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -91,7 +85,9 @@ def _multiplies_float8(activation: Activation, device: torch.device, n: int, k: 
     # On CPUs torch's product is slower than to decode both sides.
     if device.type != "cuda" or torch.version.hip or activation.threshold:
         return False
-    return n > 0 and n % 16 == 0 and k % 16 == 0 and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+    multiple = CODE_MULTIPLES["fp8"]
+    whole = n > 0 and n % multiple == 0 and k % multiple == 0
+    return whole and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def _scaled_product(

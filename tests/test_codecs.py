@@ -1,6 +1,8 @@
 """Planes against a plain float64 implementation of what they mean, and the properties that every scheme has."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -542,3 +544,27 @@ def test_all_finite_of_nothing():
     assert all_finite(torch.zeros(0, 5))
     assert all_finite(torch.zeros(5, 0))
     assert all_finite(torch.empty(5, 5, device="meta"))
+
+
+DEFAULT_DTYPE = """
+import hashlib, sys, torch
+from fxquant import native
+from fxquant.codecs import dequantize, quantize
+from fxquant.scheme import Scheme
+torch.manual_seed(0)
+scheme, weight, x = Scheme.parse("nf4-dq"), torch.randn(256, 512), torch.randn(3, 512)
+planes = quantize(weight, scheme, "absmax")
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+y, weight = native.linear(x, planes, scheme, 256, None), dequantize(planes, scheme, 256, 512)
+print([hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in (y, weight) if t is not None])
+"""
+
+
+def test_tables_do_not_depend_on_the_default_dtype() -> None:
+    # Each in a process of its own: tables are kept, and C++ reads that of double quantization where it lies.
+    runs = [
+        subprocess.run([sys.executable, "-c", DEFAULT_DTYPE, name], capture_output=True, text=True, check=False)
+        for name in ("float32", "bfloat16", "float64")
+    ]
+    assert {run.returncode for run in runs} == {0}, runs[-1].stderr
+    assert len({run.stdout for run in runs}) == 1

@@ -43,7 +43,6 @@ FUSED = {
     # A weight of few rows: its columns are split, and what adds the parts up has bias and activation in it.
     "narrow 16 int4-g128": (2, 1),
     "narrow 64 int4-g64-asym symbolic": (2, 1),
-    # Experts of a few tokens: gate, up and their product in one kernel, as is down.
     # Formats of several levels, of other widths, of blocks of several rows: one row, then a few.
     "plain 1 q4_k": (2, 1),
     "plain 1 q6_k": (2, 1),
@@ -71,6 +70,7 @@ FUSED = {
     "plain 8 nf4-dq": (2, 2),
     "plain 8 q4_k": (3, 3),
     "plain 8 fp8-b128x128": (2, 1),
+    # Experts of a few tokens: gate, up and their product in one kernel, as is down.
     "experts 1 q4_k": (2, 1),
     "experts 1 fp8-b128x128": (1, 1),
     "experts 4 nf4": (2, 1),
@@ -127,7 +127,7 @@ WIDTHS = [
     "bitnet",
 ]
 ACTIVATIONS = ["int8+int8", "int4-g64+int8", "int8-g64-asym+int8-static", "fp8+fp8", "fp8-b16x128+fp8-g128"]
-ACTIVATIONS += ["int4-g64-perm+int8", "mxfp4+int8", "fp8+fp8-static"]
+ACTIVATIONS += ["int4-b8x128-asym+int8", "int2-flat64-asym+int8", "int4-g64-perm+int8", "mxfp4+int8", "fp8+fp8-static"]
 IRREGULAR = ["trit-g64", "tq1_0", "int4-g64-perm", "int8-tensor", "int4-flat64-asym", "int8-b8x64-bias"]
 TABLES = ["nf4", "fp4", "mxfp4", "iq4_nl", "table(-8,-5,-3,-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2,4,8)-g32-fp32"]
 

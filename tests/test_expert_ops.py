@@ -431,5 +431,12 @@ def test_every_slot_of_an_expert_has_a_row_of_its_own_in_a_block_of_that_expert(
     assert int((owners >= 0).sum()) == sum(-(-int((ids == e).sum()) // size) for e in range(experts))
 
 
+def test_blocks_of_ids_in_columns() -> None:
+    ids = routed(3, 40, 5).t()
+    found = torch.ops.fxquant.expert_blocks(ids, 5, 16, ABI)
+    for one, other in zip(found, torch.ops.fxquant.expert_blocks(ids.contiguous(), 5, 16, ABI), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_opcheck_of_blocks() -> None:
     torch.library.opcheck(torch.ops.fxquant.expert_blocks, (routed(9, 3, 5), 5, 4, ABI))

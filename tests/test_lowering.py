@@ -125,7 +125,7 @@ def test_the_tile_for_so_many_rows_comes_first(rows: int) -> None:
     first, *rest = choices(table, "a GPU that nobody has measured", 4, 100, 100, rows)
     assert {first, *rest} == {Choice(tile) for _, tile in table.general}
     fitting = [Choice(tile) for most, tile in table.general if rows <= most]
-    assert not fitting or first == fitting[0]
+    assert first == (fitting or [Choice(table.general[-1][1])])[0]
 
 
 def test_a_measured_tile_is_preferred_where_it_was_measured() -> None:
@@ -164,7 +164,7 @@ def test_few_programs_are_split() -> None:
 
 def test_every_variant_has_a_name_and_a_source_of_its_own() -> None:
     kinds = [(False, None), (True, None), (False, torch.float8_e4m3fn), (False, torch.float8_e5m2)]
-    flags = itertools.product([2, 4, 8], get_args(Zero), kinds, *[[False, True]] * 4)
+    flags = itertools.product([2, 4, 8], get_args(Zero), kinds, *[[False, True]] * 5)
     variants = [Variant(bits, zero, *kind, *rest) for bits, zero, kind, *rest in flags]
     assert len({variant.name for variant in variants}) == len(variants)
     for variant in variants:
@@ -191,15 +191,60 @@ def test_on_a_cpu_the_op_stays_one_call(m: int, python: bool) -> None:
     assert torch.equal(y, fn(x))
 
 
-@pytest.mark.parametrize("spellings", [("int8", "int4-g64"), ("int4-g64", "int8"), ("int4-g64", "int4-g64")])
-def test_readers_of_one_row_have_it_each_in_their_own_order(
-    spellings: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The loops of a GPU's way at one row, compiled for a CPU.
-    way = {"cpu": (dispatch.Span("gemv", None, (torch.float32,), 1),)}
+@pytest.fixture
+def loops_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops of a GPU's ways, compiled for a CPU."""
+    gemv, decoded = (
+        dispatch.Span("gemv", None, (torch.float32,), 1),
+        dispatch.Span("decoded", None, (torch.float32,), None),
+    )
     for module in (dispatch, linear):
-        monkeypatch.setattr(module, "WAYS", way)
+        monkeypatch.setattr(module, "WAYS", {"cpu": (gemv, decoded)})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_tables_in_a_graph_inside_of_a_graph(m: int, loops_on_a_cpu: None) -> None:
+    planes = list(quantize(torch.randn(64, 64), Scheme.parse("nf4"), "absmax").values())
+
+    @torch.compiler.nested_compile_region
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.ops.fxquant.linear(x, planes, [], "nf4", [64], ABI))
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return layer(layer(x))
+
+    x = torch.randn(m, 64)
+    y = torch.compile(fn, fullgraph=True, options={"fx_graph_cache": False})(x)
+    torch.testing.assert_close(y, fn(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 0)])
+def test_inputs_without_features_have_codes(shape: tuple[int, int], loops_on_a_cpu: None) -> None:
+    def fn(x: torch.Tensor) -> list[torch.Tensor]:
+        return torch.ops.fxquant.quantize_activation(x, "int8", None, ABI)
+
+    codes, scales = torch.compile(fn, options={"fx_graph_cache": False})(torch.randn(shape))
+    assert (codes.shape, scales.shape) == (shape, (shape[0], 1))
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_same_codes_with_other_scales(m: int, loops_on_a_cpu: None) -> None:
+    planes = list(quantize(torch.randn(32, 64), Scheme.parse("int8+int8"), "absmax").values())
+
+    def fn(x: torch.Tensor) -> list[torch.Tensor]:
+        codes, scales = torch.ops.fxquant.quantize_activation(x, "int8", None, ABI)
+        on_codes = torch.ops.fxquant.linear_on_codes
+        return [on_codes(x, codes, s, planes, [], "int8+int8", [32], ABI) for s in (scales, 2 * scales)]
+
+    x = torch.randn(m, 64)
+    for y, wanted in zip(torch.compile(fn, options={"fx_graph_cache": False})(x), fn(x), strict=True):
+        torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("spellings", [("int8", "int4-g64"), ("int4-g64", "int8"), ("int4-g64", "int4-g64")])
+def test_readers_of_one_row_have_it_each_in_their_own_order(spellings: tuple[str, str], loops_on_a_cpu: None) -> None:
     planes = [list(quantize(torch.randn(32, 256), Scheme.parse(s)).values()) for s in spellings]
 
     def fn(x: torch.Tensor) -> list[torch.Tensor]:
@@ -207,6 +252,5 @@ def test_readers_of_one_row_have_it_each_in_their_own_order(
         return [torch.ops.fxquant.linear(x, p, [], s, [32], ABI) for p, s in zip(planes, spellings, strict=True)]
 
     x = torch.randn(1, 256)
-    torch._dynamo.reset()
     for y, wanted in zip(torch.compile(fn, options={"fx_graph_cache": False})(x), fn(x), strict=True):
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)

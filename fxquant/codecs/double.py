@@ -80,7 +80,7 @@ def _dynamic_map_on(device: torch.device) -> Tensor:
 
 def dynamic_map() -> Tensor:
     """The values of the 8-bit dynamic data type, float32 `[256]`, see `fxquant.scheme.dynamic_values`."""
-    return torch.tensor(dynamic_values(), device="cpu")
+    return torch.tensor(dynamic_values(), dtype=torch.float32, device="cpu")
 
 
 def _codes_by_level() -> Tensor:

@@ -78,7 +78,6 @@ def _digits(codes: Any, size: list[int]) -> Any:
         known(tuple(3.0**i for i in range(count)), codes),
         indices(device, size, lambda row, column: remainder(column, count)),
     )
-    # Below 2**24, float32 divides exactly enough for whole parts.
     whole = lowered(aten.div, cast(stored, torch.int32), cast(power, torch.int32), rounding_mode="trunc")
     return lowered(aten.remainder, whole, 3)
 

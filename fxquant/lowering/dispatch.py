@@ -54,6 +54,8 @@ UNKNOWN_ROWS = 64
 """So many rows a symbolic batch is taken to have where nothing tells."""
 CODE_ROWS = 128
 """Up to so many rows of codes go to tiles; with more, the library multiplies codes of both sides where it can."""
+CODE_MULTIPLES: Mapping[str, int] = MappingProxyType({"int8": 8, "fp8": 16})
+"""Rows and columns of a weight are multiples of so many where the library multiplies codes of both sides."""
 FLOAT8_CAPABILITY = (8, 9)
 """The least compute capability of GPUs that convert to float8 and multiply it."""
 EXPERT_SLOTS = 64

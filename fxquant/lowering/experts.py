@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, once_for
+from fxquant.inductor import add_lowering, as_it_is, is_positive, likely_size, lowered, once_for
 from fxquant.lowering.dispatch import BLOCK_ROWS, EXPERT_SLOTS, UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.gemv import by_place, row_products
@@ -160,7 +160,8 @@ def _by_blocks(x: Any, ids: Any, weights: Weights, bias: Any | None, abi: int) -
     """`[T, slots, n]` for many slots; None where tensor cores do not take these weights, or so many rows of each."""
     tokens, slots = ids.get_size()
     mean = -(-likely_size(tokens * slots, UNKNOWN_ROWS) // weights.experts)
-    if is_size(tokens * slots, 0) or "tiles" not in ways(x.get_device(), weights.form, x.get_dtype(), mean):
+    # Where there may be no tokens, there may be no row to read.
+    if not is_positive(tokens * slots) or "tiles" not in ways(x.get_device(), weights.form, x.get_dtype(), mean):
         return None
     size = next((rows for rows in BLOCK_ROWS if mean <= rows), BLOCK_ROWS[-1])
 

@@ -66,8 +66,6 @@ def format_of(scheme: Scheme, n: int, k: int) -> Format | None:
     direct = direct and (scheme.scale in FLOAT_SCALES or kind.kind == "power")
     # The zeros of flat blocks are packed across rows.
     direct = direct and not (block.flat and scheme.zero == "int")
-    # Where zeros are computed, fields lose nothing by being floats.
-    zero: Zero = scheme.zero if direct or scheme.zero != "int" else "float"
     packed = spec.kind == "int" and spec.dtype is None and scheme.zero != "int"
     return Format(
         bits=spec.bits,
@@ -77,6 +75,6 @@ def format_of(scheme: Scheme, n: int, k: int) -> Format | None:
         regular=spec.vectors is None and not spec.trits and scheme.columns in ((), ("perm",)),
         group=math.gcd(width, k),
         power=direct and kind.kind == "power",
-        zero=zero,
+        zero=scheme.zero,
         direct=direct,
     )

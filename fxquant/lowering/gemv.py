@@ -17,7 +17,7 @@ _PARTS, _LEAST = (4, 2, 1), 1024
 
 
 def gemv(x: Any, weight: Weights) -> Any:
-    """`W @ x` for an x of k numbers, the value of a node: float32 `[n]`. Every byte of the codes is read once."""
+    """`W @ x` for an x of k numbers, the value of a node: float32 `[n]`."""
     form, k = weight.form, weight.k
     if not form.in_units or form.bits == 8:
         x.realize()

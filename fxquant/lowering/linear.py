@@ -11,7 +11,7 @@ import torch
 from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, once_for, side_by_side
 from fxquant.lowering.activations import by_row, decoded, encoded, numbers
 from fxquant.lowering.decoded import decoded_weight, in_order, product
-from fxquant.lowering.dispatch import CODE_ROWS, FLOAT8_CAPABILITY, UNKNOWN_ROWS, WAYS, kind_of, ways
+from fxquant.lowering.dispatch import CODE_MULTIPLES, CODE_ROWS, FLOAT8_CAPABILITY, UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import format_of
 from fxquant.lowering.gemv import gemv
 from fxquant.lowering.tiles import Scaled, tiled
@@ -135,7 +135,8 @@ def _of_one_row(x: Any, weight: Weights, bias: Any | None, dtype: torch.dtype) -
 
 def _encodes(x: Any, activation: Activation) -> bool:
     """Whether activations are quantized here: outliers are left to the op, and so is fp8 to old GPUs."""
-    device, known = x.get_device(), str(x.get_size()[-1]).isdigit()
+    device, k = x.get_device(), str(x.get_size()[-1])
+    known = k.isdigit() and int(k) > 0
     if activation.threshold or kind_of(device) not in WAYS or not known or x.get_dtype() == torch.float64:
         return False
     return activation.element == "int8" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
@@ -159,10 +160,11 @@ def _product_of_codes(
     codes, scales = coded
     form, dtype, perm = weight.form, x.get_dtype(), weight.planes.get("perm")
     if likely == 1:
-        row = once_for(codes, _FLOAT, lambda: decoded(codes, scales, activation))
+        row, _ = once_for(codes, id(scales.data), lambda: (decoded(codes, scales, activation), scales.data))
         return _of_one_row(in_order(row, perm), weight, bias, dtype)
-    alike = weight.scheme.element == activation.element and form.group == weight.k and not activation.group
-    if (alike and likely > CODE_ROWS) or not form.exact(torch.bfloat16) or (perm is not None and activation.group):
+    multiple = CODE_MULTIPLES.get(weight.scheme.multiplied_codes or "", 0)
+    of_library = multiple and weight.n % multiple == weight.k % multiple == 0
+    if (of_library and likely > CODE_ROWS) or not form.exact(torch.bfloat16) or (perm is not None and activation.group):
         return None
     if "tiles" not in ways(x.get_device(), form, torch.bfloat16, min(likely, CODE_ROWS)):
         return None

@@ -74,7 +74,8 @@ def choices(table: Table, device: str, bits: int, n: int, k: int, rows: int) -> 
         if (shape.device, shape.bits, shape.n, shape.k) == (device, bits, n, k) and rows <= shape.most
     ]
     best = [choice for _, choice in sorted(fitting, key=lambda entry: entry[0])[:1]]
-    by_rows = sorted(table.general, key=lambda entry: (rows > entry[0], entry[0]))
+    # Where rows are more than any has, the one for most of them.
+    by_rows = sorted(table.general, key=lambda entry: (rows > entry[0], entry[0] if rows <= entry[0] else -entry[0]))
     return tuple(dict.fromkeys([*best, *(Choice(tile) for _, tile in by_rows)]))
 
 

@@ -56,7 +56,7 @@ def tiled(x: Any, weight: Weights, bias: Any | None, rows: int, scaled: Scaled |
         return None
     parts = configs[0][_SPLITS]
     y = _product(x, weight, bias if parts == 1 else None, None, configs, scaled)
-    if parts == 1:
+    if parts == 1 or y is None:
         return y
     y = lowered(aten.sum, y, [0])
     y = y if bias is None else lowered(aten.add, y, cast(bias, torch.float32))

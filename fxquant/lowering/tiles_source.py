@@ -19,6 +19,8 @@ class Variant:
     table: bool
     pattern: torch.dtype | None
     """The float whose bit patterns codes are."""
+    packed: bool
+    """Zeros are fields, as codes are, in rows of bytes."""
     power: bool
     exact: bool
     """Values of codes are numbers in the dtype of x."""
@@ -33,7 +35,8 @@ class Variant:
     @classmethod
     def of(cls, form: Format, dtype: torch.dtype, bias: bool, split: bool, experts: bool, scaled: bool) -> Variant:
         """For weights of a format and inputs of a dtype."""
-        kind = (form.bits, form.zero, bool(form.table), form.pattern, form.power, form.exact(dtype))
+        packed = form.zero == "int" and form.bits < 8 and form.direct
+        kind = (form.bits, form.zero, bool(form.table), form.pattern, packed, form.power, form.exact(dtype))
         return cls(*kind, bias, split, experts, scaled)
 
     @property
@@ -41,7 +44,9 @@ class Variant:
         """A name that no other variant has."""
         kind = str(self.pattern).removeprefix("torch.") if self.pattern else "table" if self.table else "int"
         words = [f"{kind}{self.bits}", f"zero_{self.zero}"]
-        words += [word for word in ("power", "exact", "bias", "split", "experts", "scaled") if getattr(self, word)]
+        words += [
+            word for word in ("packed", "power", "exact", "bias", "split", "experts", "scaled") if getattr(self, word)
+        ]
         return "fxquant_linear_" + "_".join(words)
 
     @property
@@ -73,8 +78,7 @@ def source(variant: Variant) -> str:
     if variant.pattern is not None:
         lines.append(_FLOATS[variant.pattern])
     if variant.zero != "none":
-        packed = variant.zero == "int" and variant.bits < 8
-        lines.append(_PACKED_ZERO.replace("BITS", str(variant.bits)) if packed else _PLAIN_ZERO)
+        lines.append(_PACKED_ZERO.replace("BITS", str(variant.bits)) if variant.packed else _PLAIN_ZERO)
     lines.append(_subtracted(variant))
     product = _PRODUCT.replace("SHIFT", " + z.to(tl.float32)[:, :, None]" if variant.zero == "bias" else "")
     lines.append(product.replace("SCALED", _SCALED if variant.scaled else ""))

@@ -86,4 +86,4 @@ def _place(level: Level, stored: Place, bits: int, scheme: Scheme, n: int, k: in
 @functools.cache
 def _dynamic_map() -> Tensor:
     # Kernels hold its address.
-    return torch.tensor(dynamic_values(), device="cpu")
+    return torch.tensor(dynamic_values(), dtype=torch.float32, device="cpu")

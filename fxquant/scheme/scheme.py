@@ -10,7 +10,7 @@ from typing import Literal
 
 from fxquant.errors import SchemeError, nearest
 from fxquant.scheme.activations import Activation
-from fxquant.scheme.blocks import Block
+from fxquant.scheme.blocks import ROW, TENSOR, Block
 from fxquant.scheme.elements import Element, element
 from fxquant.scheme.names import NAMES
 from fxquant.scheme.planes import PlaneSpec, planes_of
@@ -114,6 +114,19 @@ class Scheme:
         alone does not tell.
         """
         return self.spec.vectors is None and not {"scale", "bias"} & set(self.columns)
+
+    @property
+    def multiplied_codes(self) -> Literal["int8", "fp8"] | None:
+        """The element whose codes are multiplied with codes, and scaled once behind all of K; None where they are not.
+
+        Both sides are of it, with scales that are constant along K, and the weight has no zero point.
+        """
+        activation = self.activation
+        plain = self.zero == "none" and self.block in (ROW, TENSOR) and not self.columns
+        single = self.scale in FLOAT_SCALES and self.outer is None and not self.double
+        if activation is None or activation.group or not (plain and single) or self.element != activation.element:
+            return None
+        return activation.element
 
     @property
     def weight_only(self) -> Scheme:
