@@ -296,7 +296,7 @@ def _expert_numbers(
     (y,) = offline_triton.interpret(generated, [x, ids, bias, *planes], folder)
     weights = torch.stack([dequantize(part, scheme, n, k) for part in each]).double()
     present, at = ((ids >= 0) & (ids < 5)).unsqueeze(-1), ids.clamp(0, 4)
-    wide = (x if per_slot else x.unsqueeze(1)).double().expand(*ids.shape, k).unsqueeze(-2)
+    wide = _multiplied(x if per_slot else x.unsqueeze(1), scheme, {}).expand(*ids.shape, k).unsqueeze(-2)
     exact = torch.relu((wide * weights[at]).sum(-1) + bias[at].double()) * present
     magnitude = (wide.abs() * weights[at].abs()).sum(-1) + bias[at].double().abs()
     limit = 2 * torch.finfo(x.dtype).eps * magnitude + 2.0**-23 * k**0.5 * magnitude + 1e-30

@@ -74,6 +74,7 @@ FUSED = {
     "experts 1 q4_k": (2, 1),
     "experts 1 fp8-b128x128": (1, 1),
     "experts 4 nf4": (2, 1),
+    "experts 4 fp8-b128x128+fp8-g128": (2, 1),
     "gated_experts 1 int4-g128": (4, 2),
     "gated_experts 4 int4-g64-asym": (4, 2),
 }
@@ -90,10 +91,11 @@ SORTED = {
     "experts 300 nf4": (3, 1),
     "experts 50 int4-g128 symbolic": (3, 1),
     "experts 64 fp8-b128x128": (4, 1),
+    "experts 64 int4-g128+int8": (5, 1),
 }
 """The same of many tokens for experts, whose order one call of the library finds."""
 AS_IT_IS = ["plain 300 int8+int8", "plain 300 fp8+fp8", "plain 8 llm-int8", "plain 8 nf4+int8"]
-AS_IT_IS += ["experts 1 tq1_0", "experts 64 int3-g64", "gated_experts 64 int4-g128"]
+AS_IT_IS += ["experts 1 tq1_0", "experts 64 int3-g64", "experts 4 int8+int8-static", "gated_experts 64 int4-g128"]
 COMPILED = ["gated 1 int4-g128", "gated 1 nf4", "epilogue 16 int4-g128", "epilogue 64 int4-g128", "narrow 16 int4-g128"]
 COMPILED += [
     "plain 1 q4_k",
@@ -198,6 +200,11 @@ EXPERTS = [
     ["nf4-dq", 70, 33, 64, "bfloat16", False],
     ["q4_1", 150, 24, 96, "float16", False],
     ["fp8-b16x128", 40, 20, 256, "bfloat16", True],
+    # with activations in codes
+    ["int8+int8", 2, 20, 256, "bfloat16", False],
+    ["fp8-b16x128+fp8-g128", 2, 20, 256, "float16", True],
+    ["fp8-b16x128+fp8-g128", 50, 20, 256, "bfloat16", False],
+    ["int4-g64+int8", 40, 24, 128, "float32", True],
 ]
 """Scheme, tokens, n, k, dtype, whether every slot has an input of its own."""
 GATED = [["int4-g32", 3, 64, 96], ["nf4", 1, 64, 128], ["int8", 2, 24, 40]]

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 
 from fxquant.activation_codecs import FLOOR, LARGEST
-from fxquant.inductor import lowered
+from fxquant.inductor import lowered, once_for
+from fxquant.lowering.dispatch import FLOAT8_CAPABILITY, WAYS, kind_of
 from fxquant.lowering.values import aten, cast, small_float
 from fxquant.scheme import Activation
 
 _FLOAT = torch.float32
+
+
+def encodes(x: Any, activation: Activation) -> bool:
+    """Whether activations are quantized here: outliers are left to the op, and so is fp8 to old GPUs."""
+    device, k = x.get_device(), str(x.get_size()[-1])
+    known = k.isdigit() and int(k) > 0
+    if activation.threshold or kind_of(device) not in WAYS or not known or x.get_dtype() == torch.float64:
+        return False
+    return activation.element == "int8" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def encoded(x: Any, activation: Activation, input_scale: Any | None) -> tuple[Any, Any]:
@@ -36,6 +46,14 @@ def encoded(x: Any, activation: Activation, input_scale: Any | None) -> tuple[An
     else:
         codes = lowered(aten.view.dtype, cast(t, torch.float8_e4m3fn), torch.uint8)
     return lowered(aten.view, codes, [*batch, k]), scales
+
+
+def coded(x: Any, activation: Activation, input_scale: Any | None) -> tuple[Any, Any]:
+    """The same, computed once for all that read x, unless they have scales of their own."""
+    if input_scale is not None:
+        return encoded(x, activation, input_scale)
+    made: tuple[Any, Any] = once_for(x, activation, lambda: encoded(x, activation, None))
+    return made
 
 
 def numbers(codes: Any, dtype: torch.dtype) -> Any:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from fxquant.inductor import add_lowering, as_it_is, is_positive, likely_size, lowered, once_for
+from fxquant.lowering.activations import coded, decoded, encodes, numbers
 from fxquant.lowering.dispatch import BLOCK_ROWS, EXPERT_SLOTS, UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import Format, format_of
 from fxquant.lowering.gemv import by_place, row_products
-from fxquant.lowering.tiles import tiled_blocks
+from fxquant.lowering.tiles import Scaled, tiled_blocks
 from fxquant.lowering.values import Weights, aten, cast
-from fxquant.scheme import Scheme
+from fxquant.scheme import Activation, Scheme
 
 
 def register_experts() -> None:
@@ -37,7 +38,7 @@ def lower(
     bias, weights = biases[0] if biases else None, _weights(x, planes, scheme, n, experts)
     stack = None if weights is None else _stack(x, ids, weights)
     if stack is not None:
-        return stack.product(x, ids, bias)
+        return stack.product(_row(x, stack.activation), ids, bias, x.get_dtype())
     y = None if weights is None else _by_blocks(x, ids, weights, bias, abi)
     if y is not None:
         return y
@@ -64,13 +65,13 @@ def lower_gated(
             _weights(x, second, second_scheme, int(x.get_size()[-1]), experts, inner),
         )
     )
-    if one is None or two is None:
+    if one is None or two is None or one.activation or two.activation:
         args = (x, ids, weights, first, second, first_scheme, second_scheme, inner, experts, abi)
         return as_it_is(torch.ops.fxquant.gated_experts.default, *args)
     # Products of their own, and not halves of one: so these are one kernel with what is computed of them.
-    gate, up = (cast(one.rows(i * inner, inner).product(x, ids, None), torch.float32) for i in range(2))
+    gate, up = (cast(one.rows(i * inner, inner).product(x, ids, None, x.get_dtype()), torch.float32) for i in range(2))
     hidden = cast(lowered(aten.mul, lowered(aten.mul, gate, lowered(aten.sigmoid, gate)), up), x.get_dtype())
-    outputs = cast(two.product(hidden, ids, None), torch.float32)
+    outputs = cast(two.product(hidden, ids, None, x.get_dtype()), torch.float32)
     known = lowered(aten.where, _present(ids, experts), cast(weights, torch.float32), 0.0)
     total = lowered(aten.sum, lowered(aten.mul, outputs, lowered(aten.unsqueeze, known, 2)), [1])
     return cast(total, x.get_dtype())
@@ -84,6 +85,7 @@ class _Stack:
     scales: Any
     offsets: Any | None
     form: Format
+    activation: Activation | None
     n: int
     k: int
 
@@ -95,8 +97,8 @@ class _Stack:
         )
         return replace(self, codes=codes, scales=scales, offsets=offsets, n=count)
 
-    def product(self, x: Any, ids: Any, bias: Any | None) -> Any:
-        """`[T, slots, n]`, in the dtype of x, for x `[T, k]` or `[T, slots, k]`."""
+    def product(self, x: Any, ids: Any, bias: Any | None, dtype: torch.dtype) -> Any:
+        """`[T, slots, n]` for x `[T, k]` or `[T, slots, k]`, what it stands for where it is codes."""
         tokens, slots = (int(size) for size in ids.get_size())
         rows = tokens * slots * self.n
         flat = lowered(aten.view, ids, [tokens * slots])
@@ -113,7 +115,7 @@ class _Stack:
         if bias is not None:
             y = lowered(aten.add, y, cast(lowered(aten._unsafe_index.Tensor, bias, [known]), torch.float32))
         y = lowered(aten.where, lowered(aten.unsqueeze, present, 1), y, 0.0)
-        return lowered(aten.view, cast(y, x.get_dtype()), [tokens, slots, self.n])
+        return lowered(aten.view, cast(y, dtype), [tokens, slots, self.n])
 
     def _inputs(self, x: Any, tokens: int, slots: int) -> list[Any]:
         """Of each code of a unit, the inputs of every row of every slot: `[rows, groups, units]`."""
@@ -139,8 +141,11 @@ def _weights(x: Any, planes: Sequence[Any], spelling: str, n: int, experts: int,
     if kind_of(x.get_device()) not in WAYS or not spelling or not experts:
         return None
     scheme = Scheme.parse(spelling)
-    form = format_of(scheme, n, k)
+    form, activation = format_of(scheme.weight_only, n, k), scheme.activation
     if form is None or not form.in_units or scheme.columns:
+        return None
+    # Static scales are those of experts, so that a token has codes for each.
+    if activation is not None and (activation.static or not encodes(x, activation)):
         return None
     return Weights(dict(zip(scheme.planes(n, k), planes, strict=True)), scheme, form, n, k, experts)
 
@@ -153,7 +158,15 @@ def _stack(x: Any, ids: Any, weights: Weights) -> _Stack | None:
         return None
     if "gemv" not in ways(x.get_device(), weights.form, x.get_dtype(), 1):
         return None
-    return _Stack(weights.codes, weights.scales(), weights.offsets(), weights.form, weights.n, weights.k)
+    planes = weights.codes, weights.scales(), weights.offsets()
+    return _Stack(*planes, weights.form, weights.scheme.activation, weights.n, weights.k)
+
+
+def _row(x: Any, activation: Activation | None) -> Any:
+    """x, or what it stands for: float32."""
+    if activation is None:
+        return x
+    return once_for(x, (activation, torch.float32), lambda: decoded(*coded(x, activation, None), activation))
 
 
 def _by_blocks(x: Any, ids: Any, weights: Weights, bias: Any | None, abi: int) -> Any | None:
@@ -161,7 +174,11 @@ def _by_blocks(x: Any, ids: Any, weights: Weights, bias: Any | None, abi: int) -
     tokens, slots = ids.get_size()
     mean = -(-likely_size(tokens * slots, UNKNOWN_ROWS) // weights.experts)
     # Where there may be no tokens, there may be no row to read.
-    if not is_positive(tokens * slots) or "tiles" not in ways(x.get_device(), weights.form, x.get_dtype(), mean):
+    activation, dtype = weights.scheme.activation, x.get_dtype()
+    halves = torch.bfloat16 if activation else dtype
+    if not is_positive(tokens * slots) or "tiles" not in ways(x.get_device(), weights.form, halves, mean):
+        return None
+    if activation and not weights.form.exact(halves):
         return None
     size = next((rows for rows in BLOCK_ROWS if mean <= rows), BLOCK_ROWS[-1])
 
@@ -171,8 +188,15 @@ def _by_blocks(x: Any, ids: Any, weights: Weights, bias: Any | None, abi: int) -
     owners, sources, places = once_for(ids, (weights.experts, size), make)
     if len(x.get_size()) == 2:
         sources = lowered(aten.div, sources, slots, rounding_mode="trunc")
-    rows = lowered(aten._unsafe_index.Tensor, lowered(aten.view, x, [-1, weights.k]), [sources])
-    y = tiled_blocks(rows, owners, weights, bias, size)
+
+    def rows_of(value: Any) -> Any:
+        return lowered(aten._unsafe_index.Tensor, lowered(aten.view, value, [-1, value.get_size()[-1]]), [sources])
+
+    scaled = None
+    if activation:
+        codes, scales = coded(x, activation, None)
+        x, scaled = numbers(codes, halves), Scaled(rows_of(scales), activation.group or weights.k, dtype)
+    y = tiled_blocks(rows_of(x), owners, weights, bias, size, scaled)
     if y is None:
         return None
     y = lowered(aten.view, lowered(aten._unsafe_index.Tensor, y, [places]), [tokens, slots, weights.n])

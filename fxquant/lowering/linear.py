@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fxquant.inductor import add_lowering, as_it_is, is_size, likely_size, lowered, once_for, side_by_side
-from fxquant.lowering.activations import by_row, decoded, encoded, numbers
+from fxquant.lowering.activations import by_row, coded, decoded, encoded, encodes, numbers
 from fxquant.lowering.decoded import decoded_weight, in_order, product
-from fxquant.lowering.dispatch import CODE_MULTIPLES, CODE_ROWS, FLOAT8_CAPABILITY, UNKNOWN_ROWS, WAYS, kind_of, ways
+from fxquant.lowering.dispatch import CODE_MULTIPLES, CODE_ROWS, UNKNOWN_ROWS, WAYS, kind_of, ways
 from fxquant.lowering.formats import format_of
 from fxquant.lowering.gemv import gemv
 from fxquant.lowering.tiles import Scaled, tiled
@@ -40,7 +40,7 @@ def lower(x: Any, planes: Sequence[Any], biases: Sequence[Any], scheme: str, row
 def lower_activation(x: Any, activation: str, input_scale: Any | None, abi: int) -> Any:
     """Inductor's values of `fxquant::quantize_activation(x, activation, input_scale, abi)`."""
     found = parse_activation(activation)
-    if found is None or not _encodes(x, found):
+    if found is None or not encodes(x, found):
         return as_it_is(torch.ops.fxquant.quantize_activation.default, x, activation, input_scale, abi)
     return encoded(x, found, input_scale)
 
@@ -65,7 +65,7 @@ def lower_on_codes(
 
 def _outputs(
     x: Any,
-    coded: tuple[Any, Any] | None,
+    given: tuple[Any, Any] | None,
     planes: Sequence[Any],
     biases: Sequence[Any],
     spelling: str,
@@ -79,7 +79,7 @@ def _outputs(
         return None
     scheme, k = Scheme.parse(spelling), int(k)
     activation = scheme.activation
-    if activation is not None and not _encodes(x, activation):
+    if activation is not None and not encodes(x, activation):
         return None
     likely = 1 if is_size(m, 1) else max(likely_size(m, UNKNOWN_ROWS), 2)
     outputs = []
@@ -93,7 +93,8 @@ def _outputs(
             y = _product(x, weight, _bias(biases, i, x.get_dtype()), likely)
         else:
             bias = _bias(biases, i, None)
-            y = _product_of_codes(x, coded or _coded(x, weight, activation), weight, bias, activation, likely)
+            own = given or coded(x, activation, weight.planes.get("input_scale"))
+            y = _product_of_codes(x, own, weight, bias, activation, likely)
         if y is None:
             return None
         outputs.append(lowered(aten.view, y, [*batch, n]))
@@ -133,31 +134,14 @@ def _of_one_row(x: Any, weight: Weights, bias: Any | None, dtype: torch.dtype) -
     return cast(y if bias is None else lowered(aten.add, y, cast(bias, _FLOAT)), dtype)
 
 
-def _encodes(x: Any, activation: Activation) -> bool:
-    """Whether activations are quantized here: outliers are left to the op, and so is fp8 to old GPUs."""
-    device, k = x.get_device(), str(x.get_size()[-1])
-    known = k.isdigit() and int(k) > 0
-    if activation.threshold or kind_of(device) not in WAYS or not known or x.get_dtype() == torch.float64:
-        return False
-    return activation.element == "int8" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
-
-
-def _coded(x: Any, weight: Weights, activation: Activation) -> tuple[Any, Any]:
-    scale = weight.planes.get("input_scale")
-    if scale is not None:
-        return encoded(x, activation, scale)
-    made: tuple[Any, Any] = once_for(x, activation, lambda: encoded(x, activation, None))
-    return made
-
-
 def _product_of_codes(
-    x: Any, coded: tuple[Any, Any], weight: Weights, bias: Any | None, activation: Activation, likely: int
+    x: Any, codes_and_scales: tuple[Any, Any], weight: Weights, bias: Any | None, activation: Activation, likely: int
 ) -> Any | None:
     """The same of codes: one row as float32, more as halves, which hold every code and are scaled behind the product.
 
     None where the library multiplies codes of both sides, and for weights that halves do not hold.
     """
-    codes, scales = coded
+    codes, scales = codes_and_scales
     form, dtype, perm = weight.form, x.get_dtype(), weight.planes.get("perm")
     if likely == 1:
         row, _ = once_for(codes, id(scales.data), lambda: (decoded(codes, scales, activation), scales.data))

@@ -63,7 +63,9 @@ def tiled(x: Any, weight: Weights, bias: Any | None, rows: int, scaled: Scaled |
     return cast(y, scaled.dtype if scaled else x.get_dtype())
 
 
-def tiled_blocks(x: Any, owners: Any, weights: Weights, bias: Any | None, size: int) -> Any | None:
+def tiled_blocks(
+    x: Any, owners: Any, weights: Weights, bias: Any | None, size: int, scaled: Scaled | None = None
+) -> Any | None:
     """As `tiled`, for x of blocks of rows that have one expert each; of blocks without an expert, the bias of one.
 
     Args:
@@ -72,12 +74,13 @@ def tiled_blocks(x: Any, owners: Any, weights: Weights, bias: Any | None, size: 
         weights: `[experts, n, k]`.
         bias: `[experts, n]` or None.
         size: rows of a block, a power of two.
+        scaled: as there.
     """
     fitting = [choice for choice in _choices(x, weights, size) if size % choice.tile.rows == 0]
-    configs = _configs([Choice(choice.tile, 1) for choice in fitting], weights, size, x)
+    configs = _configs([Choice(choice.tile, 1) for choice in fitting], weights, size, x, scaled)
     if not configs:
         return None
-    return _product(x, weights, bias, owners, [{**config, "BLOCK_ROWS": size} for config in configs])
+    return _product(x, weights, bias, owners, [{**config, "BLOCK_ROWS": size} for config in configs], scaled)
 
 
 def _product(
