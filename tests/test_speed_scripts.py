@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_rivals
+import gpu_speed
 import grid_speed
 import linear_rivals
 import pytest
@@ -143,13 +146,47 @@ def test_models_have_the_size_of_the_real_ones(name: str, parameters: int) -> No
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from speed_plot import BASE, plot
+    from speed_plot import plot
 
     lines = [
-        {"rows": rows, "kind": kind, "method": name, "rival": name != "int4", "ratios": {BASE: rows / 2}}
+        {"rows": rows, "kind": kind, "method": name, "rival": name != "int4", "ratios": {"bf16": rows / 2}}
         for kind in ("weights alone", "activations")
         for rows in (1, 4)
-        for name in ("int4", "ATen int4", BASE)
+        for name in ("int4", "ATen int4", "bf16")
     ]
-    plot(lines, "title", tmp_path / "plot.png")
+    lines += [{**lines[0], "rows": 16}]  # the others are not for so many rows
+    plot(lines, "title", "bf16", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_script_for_gpus_measures_what_is_right_and_names_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is none, with rivals that need no GPU."""
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: args[0] if args else lambda function: function)
+
+    def clock(work: Callable[[], object]) -> Callable[[], float]:
+        work()
+        return lambda: 0.5
+
+    given = ["--shape", "64", "256", "--rows", "1", "20", "--rounds", "2", "--megabytes", "0.05"]
+    options = gpu_speed.arguments([*given, "--schemes", "int4", "q4_k", "int8+int8"])
+    text = io.StringIO()
+    with torch.inference_mode():
+        lines = gpu_speed.measure(options, Console(file=text, width=200), torch.device("cpu"), clock)
+    methods = {(line["kind"], line["rows"], line["method"]) for line in lines}
+    assert {("weights alone", m, s) for m in (1, 20) for s in ("int4", "q4_k", "bf16", "Inductor int4")} <= methods
+    assert ("activations in 8 bits too", 1, "Inductor int8+int8") not in methods
+    assert ("activations in 8 bits too", 20, "Inductor int8+int8") in methods
+    assert all(line["ratio"] > 0 and len(line["seconds"]) == 2 for line in lines)
+    assert "absent: tinygemm: " in text.getvalue()
+
+
+def test_a_wrong_method_on_a_gpu_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(weight: Tensor, megabytes: float) -> Method:
+        return Method("broken", True, [lambda x: 1.1 * (x @ weight.T)] * 2, weight.float(), nbytes=1)
+
+    monkeypatch.setattr(gpu_rivals, "KINDS", {"weights alone": (broken,)})
+    options = gpu_speed.arguments(["--shape", "32", "64", "--rows", "2", "--schemes"])
+    options.schemes = ["int4-g32"]
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: args[0] if args else lambda function: function)
+    with pytest.raises(SystemExit, match="broken, 2 rows"):
+        gpu_speed.measure(options, Console(file=io.StringIO()), torch.device("cpu"), lambda work: lambda: 1.0)

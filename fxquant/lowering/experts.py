@@ -141,7 +141,7 @@ def _weights(x: Any, planes: Sequence[Any], spelling: str, n: int, experts: int,
     if kind_of(x.get_device()) not in WAYS or not spelling or not experts:
         return None
     scheme = Scheme.parse(spelling)
-    form, activation = format_of(scheme.weight_only, n, k), scheme.activation
+    form, activation = format_of(scheme, n, k), scheme.activation
     if form is None or not form.in_units or scheme.columns:
         return None
     # Static scales are those of experts, so that a token has codes for each.
@@ -173,9 +173,9 @@ def _by_blocks(x: Any, ids: Any, weights: Weights, bias: Any | None, abi: int) -
     """`[T, slots, n]` for many slots; None where tensor cores do not take these weights, or so many rows of each."""
     tokens, slots = ids.get_size()
     mean = -(-likely_size(tokens * slots, UNKNOWN_ROWS) // weights.experts)
-    # Where there may be no tokens, there may be no row to read.
     activation, dtype = weights.scheme.activation, x.get_dtype()
     halves = torch.bfloat16 if activation else dtype
+    # Where there may be no tokens, there may be no row to read.
     if not is_positive(tokens * slots) or "tiles" not in ways(x.get_device(), weights.form, halves, mean):
         return None
     if activation and not weights.form.exact(halves):

@@ -54,12 +54,9 @@ class Format:
 
 
 def format_of(scheme: Scheme, n: int, k: int) -> Format | None:
-    """The format of an `[n, k]` weight under a scheme, or None where no kernel here reads it.
-
-    Those that are quantized together with the activation are multiplied otherwise, and empty ones not at all.
-    """
+    """The format of an `[n, k]` weight under a scheme, or None where it is empty."""
     spec, kind, block = scheme.spec, SCALE_TYPES[scheme.scale], scheme.block
-    if scheme.activation or not n * k:
+    if not n * k:
         return None
     width = block.columns or k
     direct = block.rows == 1 and k % width == 0 and scheme.outer is None and not scheme.double

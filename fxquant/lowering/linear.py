@@ -84,7 +84,7 @@ def _outputs(
     likely = 1 if is_size(m, 1) else max(likely_size(m, UNKNOWN_ROWS), 2)
     outputs = []
     for i, (own, n) in enumerate(zip(_by_weight(planes, len(rows)), rows, strict=True)):
-        form = format_of(scheme.weight_only, n, k)
+        form = format_of(scheme, n, k)
         if form is None:
             return None
         names = scheme.planes(n, k)

@@ -15,6 +15,7 @@ from fxquant.lowering.formats import Format
 from fxquant.scheme import DOUBLE_QUANT_BLOCK, SCALE_TYPES, TENSOR, Block, ScaleType, Scheme, dynamic_values
 
 aten, prims = torch.ops.aten, torch.ops.prims
+_FLOAT = torch.float32
 Place = Callable[[Any, Any], tuple[Any, Any]]
 """From the row of a weight and a column of it to the row and the column of something stored for it."""
 _BIAS, _MANTISSA = 127, 23
@@ -89,9 +90,6 @@ def _place(block: Block, k: int) -> Place:
         return lambda row, column: (0, quotient(row * k + column, block.columns))
     down, across = block.rows, block.columns
     return lambda row, column: (quotient(row, down) if down else 0, quotient(column, across) if across else 0)
-
-
-_FLOAT = torch.float32
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -77,7 +77,7 @@ def bitsandbytes_nf4(weight: Tensor, megabytes: float) -> Method:
     def copy() -> Linear4bit:
         linear = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4")
         linear.weight = Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4")
-        return linear.to("cpu").eval()
+        return linear.to(weight.device).eval()
 
     first = copy()
     decoded = dequantize_4bit(first.weight.data, first.weight.quant_state).float()
@@ -132,7 +132,7 @@ def inductor(spelling: str, weight: Tensor, megabytes: float) -> Method:
     """
     scheme, k = Scheme.parse(spelling), weight.shape[1]
     size, low = scheme.block.columns or k, scheme.spec.low
-    table = torch.tensor(scheme.spec.values) if scheme.spec.kind == "table" else None
+    table = torch.tensor(scheme.spec.values, device=weight.device) if scheme.spec.kind == "table" else None
     assert (scheme.spec.bits, scheme.zero, scheme.outer, scheme.double, k % size) == (4, "none", None, False, 0)
 
     @torch.compile(dynamic=False, fullgraph=True)

@@ -116,7 +116,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"versions": about, "lines": lines}, indent=1))
     if options.plot:
-        plot(lines, about, options.plot)
+        plot(lines, about, "oneDNN bf16", options.plot)
 
 
 if __name__ == "__main__":

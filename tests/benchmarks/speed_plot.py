@@ -1,4 +1,4 @@
-"""The lines of `linear_speed.py` as a picture: how many times as fast as oneDNN's bfloat16, by rows of x."""
+"""The lines of `linear_speed.py` or `gpu_speed.py` as a picture: how many times as fast as bfloat16, by rows of x."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BASE = "oneDNN bf16"
 
-
-def plot(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw it, one panel for each kind of methods; ours in full lines, rivals dashed."""
+def plot(lines: Sequence[dict[str, Any]], title: str, base: str, path: Path) -> None:
+    """Draw it, one panel for each kind of methods; ours in full lines, rivals dashed. `base` is one of them: 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,16 +18,18 @@ def plot(lines: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     kinds = list(dict.fromkeys(line["kind"] for line in lines))
     figure, panels = plt.subplots(1, len(kinds), figsize=(7.5 * len(kinds), 6), squeeze=False, layout="constrained")
     for panel, kind in zip(panels[0], kinds, strict=True):
-        own = [line for line in lines if line["kind"] == kind and line["method"] != BASE]
+        own = [line for line in lines if line["kind"] == kind and line["method"] != base]
         rows = sorted({line["rows"] for line in own})
         panel.axhline(1, color="black", linewidth=1)
         names = dict.fromkeys((line["method"], line["rival"]) for line in own)
         for i, (name, rival) in enumerate(names):
-            ratios = {line["rows"]: line["ratios"][BASE] for line in own if line["method"] == name}
+            ratios = {line["rows"]: line["ratios"][base] for line in own if line["method"] == name}
             style = {"linestyle": "--", "linewidth": 1.2} if rival else {"linewidth": 2.2}
-            panel.plot(rows, [ratios[r] for r in rows], marker="o", markersize=4, color=f"C{i}", label=name, **style)
+            panel.plot(
+                list(ratios), list(ratios.values()), marker="o", markersize=4, color=f"C{i}", label=name, **style
+            )
         panel.set(xscale="log", yscale="log", xlabel="rows of x", title=kind, xticks=rows)
-        panel.set_ylabel(f"times as fast as {BASE}")
+        panel.set_ylabel(f"times as fast as {base}")
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.minorticks_off()
