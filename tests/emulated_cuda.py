@@ -222,6 +222,7 @@ def compiled(model: torch.nn.Module, x: Tensor, backend: Callable[..., Any]) -> 
     import torch._inductor.fx_passes.joint_graph as joint_graph
     from torch._guards import TracingContext
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+    from torch.utils._python_dispatch import _disable_current_modes
 
     found: list[Generated] = []
 
@@ -230,7 +231,8 @@ def compiled(model: torch.nn.Module, x: Tensor, backend: Callable[..., Any]) -> 
 
     def inner(gm: Any, inputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         inductor.record_original_output_strides(gm)
-        found.append(_lowered(gm, inputs, TracingContext.get().fake_mode))
+        with _disable_current_modes():  # as Inductor's own compilation does
+            found.append(_lowered(gm, inputs, TracingContext.get().fake_mode))
         return nothing
 
     def emulated(gm: Any, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -82,9 +82,19 @@ FUSED = {
 DECODED = {"plain 512 int4-g128": 2, "plain 512 nf4": 2, "wide 8 int4-g128": 1, "plain 512 uint8-g64": 2}
 DECODED |= {"plain 8 int3-g64": 2, "plain 8 q6_k": 2, "plain 512 nf4-dq": 2, "plain 8 iq2_xs": 2, "plain 8 tq1_0": 2}
 """Graph: kernels beside one product of the library's."""
-ROUTES = {1: (6, 4), 64: (9, 7)}
-"""Rows: kernels of a decoder's layer, and how many of them read a weight. Two are norms. Of one row, seven linears are
-q with k and v, o, gate with up, and down, with all that stands between."""
+ROUTES = {
+    (1, "int4-g128"): (6, 4),
+    (64, "int4-g128"): (9, 7),
+    (1, "nf4-dq"): (6, 4),
+    (1, "q4_k"): (6, 4),
+    (64, "fp8"): (9, 7),
+    # Where neither norm nor activation stands before codes, one kernel more makes them.
+    (1, "int8+int8"): (8, 4),
+    (64, "int8+int8"): (11, 7),
+    (64, "fp8+fp8"): (11, 7),
+}
+"""Rows and scheme: kernels of a decoder's layer, and how many of them read a weight. Two are norms. Of one row, seven
+linears are q with k and v, o, gate with up, and down, with all that stands between."""
 SORTED = {
     # Rows in the order of their experts, the product, and tokens in their own order with the activation.
     "experts 64 int4-g128": (3, 1),
@@ -210,7 +220,7 @@ EXPERTS = [
 GATED = [["int4-g32", 3, 64, 96], ["nf4", 1, 64, 128], ["int8", 2, 24, 40]]
 """Scheme, tokens, features between the products, k."""
 NAMES = [*FUSED, *DECODED, *SORTED, *AS_IT_IS]
-ROUTED = [[backend, m] for backend in ("fxquant", "inductor") for m in ROUTES]
+ROUTED = [[backend, m, scheme] for backend in ("fxquant", "inductor") for m, scheme in ROUTES]
 
 
 def _ask(requests: dict[str, list[Any]], **environment: str) -> dict[str, list[Any]]:
@@ -234,7 +244,7 @@ def _ask(requests: dict[str, list[Any]], **environment: str) -> dict[str, list[A
 def generated() -> dict[str, list[Any]]:
     requests = {
         "fusion": NAMES,
-        "routes": [[*route, "int4-g128"] for route in ROUTED],
+        "routes": ROUTED,
         "machine": [[name, CAPABILITIES] for name in COMPILED],
     }
     return _ask(requests, TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
@@ -267,11 +277,11 @@ def test_kernels_of_our_own_and_nothing_else(name: str) -> None:
     assert found["externs"] == []
 
 
-@pytest.mark.parametrize("m", ROUTES)
+@pytest.mark.parametrize(("m", "scheme"), ROUTES)
 @pytest.mark.parametrize("backend", ["fxquant", "inductor"])
-def test_a_quantized_layer_that_torch_compiles(backend: str, m: int) -> None:
-    found = _checked(generated()["routes"][ROUTED.index([backend, m])])
-    assert (len(found["launches"]), len(found["weights"])) == ROUTES[m]
+def test_a_quantized_layer_that_torch_compiles(backend: str, m: int, scheme: str) -> None:
+    found = _checked(generated()["routes"][ROUTED.index([backend, m, scheme])])
+    assert (len(found["launches"]), len(found["weights"])) == ROUTES[m, scheme]
     assert found["externs"] == []
 
 

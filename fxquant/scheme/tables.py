@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-
-import torch
+import itertools
+import struct
 
 # The 16 values of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1].
 # QLoRA, arXiv 2305.14314, appendix E; digits as bitsandbytes stores them.
@@ -56,10 +56,21 @@ def dynamic_values() -> tuple[float, ...]:
     """The 256 values of the signed 8-bit dynamic data type, float32, sorted: Dettmers, arXiv 1511.04561.
 
     Decade i of 7, from the top one down, has 64, 32, ..., 1 values of either sign: the middles of equal steps of
-    [0.1, 1]. Besides them there are 0 and 1.
+    [0.1, 1]. Besides them there are 0 and 1. Every operation is rounded to float32, as where bitsandbytes makes them.
     """
-    decades = []
+    decades: list[float] = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, (1 << i) + 1, dtype=torch.float32, device="cpu")
-        decades += ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
+        count, low = 1 << i, _float32(0.1)
+        step = _float32((1 - low) / count)
+        # The lower half is counted from 0.1, the upper one from 1.
+        edges = [low + step * j if 2 * j <= count else 1 - step * (count - j) for j in range(count + 1)]
+        edges = [_float32(edge) for edge in edges]
+        middles = [_float32(_float32(a + b) / 2) for a, b in itertools.pairwise(edges)]
+        decades += [_float32(middle * _float32(10.0 ** (i - 6))) for middle in middles]
     return tuple(sorted([*decades, *(-value for value in decades), 0.0, 1.0]))
+
+
+def _float32(value: float) -> float:
+    # No tensor: this runs where a compiler traces, to which a tensor would be one of its own.
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
