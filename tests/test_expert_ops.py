@@ -417,11 +417,8 @@ def test_every_slot_of_an_expert_has_a_row_of_its_own_in_a_block_of_that_expert(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(-1, experts + 1, (tokens, slots), generator=generator)
     owners, sources, places = torch.ops.fxquant.expert_blocks(ids, experts, size, ABI)
-    assert (len(owners), len(sources), len(places)) == (
-        count := ids.numel() // size + experts,
-        count * size,
-        ids.numel(),
-    )
+    count = ids.numel() // size + experts
+    assert (len(owners), len(sources), len(places)) == (count, count * size, ids.numel())
     present = (ids >= 0) & (ids < experts)
     rows = places[present.view(-1)]
     assert rows.unique().numel() == rows.numel()

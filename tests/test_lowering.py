@@ -47,7 +47,7 @@ COVERED = {
     "iq2_xs": (9, 0, 16, False, False),
 }
 """Scheme: bits, addend and group of its format, of a weight with 256 columns, whether scales stand in their plane as
-kernels read them, and whether groups consist of whole bytes."""
+kernels read them, and whether groups consist of whole units."""
 PROBE = """
 import sys, torch, fxquant.ops
 from fxquant.scheme import Scheme

@@ -185,8 +185,7 @@ def test_a_wrong_method_on_a_gpu_has_no_speed(monkeypatch: pytest.MonkeyPatch) -
         return Method("broken", True, [lambda x: 1.1 * (x @ weight.T)] * 2, weight.float(), nbytes=1)
 
     monkeypatch.setattr(gpu_rivals, "KINDS", {"weights alone": (broken,)})
-    options = gpu_speed.arguments(["--shape", "32", "64", "--rows", "2", "--schemes"])
-    options.schemes = ["int4-g32"]
+    options = gpu_speed.arguments(["--shape", "32", "64", "--rows", "2", "--schemes", "int4-g32"])
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: args[0] if args else lambda function: function)
     with pytest.raises(SystemExit, match="broken, 2 rows"):
         gpu_speed.measure(options, Console(file=io.StringIO()), torch.device("cpu"), lambda work: lambda: 1.0)

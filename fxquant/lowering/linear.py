@@ -93,8 +93,8 @@ def _outputs(
             y = _product(x, weight, _bias(biases, i, x.get_dtype()), likely)
         else:
             bias = _bias(biases, i, None)
-            own = given or coded(x, activation, weight.planes.get("input_scale"))
-            y = _product_of_codes(x, own, weight, bias, activation, likely)
+            pair = given or coded(x, activation, weight.planes.get("input_scale"))
+            y = _product_of_codes(x, pair, weight, bias, activation, likely)
         if y is None:
             return None
         outputs.append(lowered(aten.view, y, [*batch, n]))

@@ -98,7 +98,7 @@ def load(what: str, instead: str, *parts: Sequence[str], contract: bool) -> tupl
         return compile_cpp(text, (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}"))
 
     try:
-        # A compiler takes up to 1 GB: no more of them than processors.
+        # A compiler takes some 400 MB: no more of them than processors.
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             return tuple(compilers.map(build, parts))
     except Exception as error:  # a compiler can fail in any way, and nothing here depends on it

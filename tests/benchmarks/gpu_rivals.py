@@ -8,11 +8,10 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from linear_methods import Method, copies_of
-from linear_rivals import bitsandbytes_nf4, inductor, inductor_int8_int8
+from linear_rivals import aten_planes, bitsandbytes_nf4, inductor, inductor_int8_int8
 from torch import Tensor
 
 from fxquant import codecs
-from fxquant.bits import unpack
 from fxquant.scheme import Scheme
 
 BASE = "bf16"
@@ -32,10 +31,8 @@ def cublas(weight: Tensor, megabytes: float) -> Method:
 def tinygemm(weight: Tensor, megabytes: float) -> Method:
     """ATen's int4 for GPUs, the kernel of torchao's weights of 4 bits."""
     scheme, (n, k) = Scheme.parse("int4-g128"), weight.shape
-    planes = codecs.quantize(weight, scheme, "absmax")
-    fields = unpack(planes["codes"], 4, k)
+    planes, fields, scales = aten_planes(weight)
     pairs = (fields[:, ::2] << 4 | fields[:, 1::2]).contiguous()
-    scales = torch.stack((planes["scales"], torch.zeros_like(planes["scales"])), -1).transpose(0, 1).contiguous()
 
     def copy() -> Callable[[Tensor], Tensor]:
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +25,8 @@ import torch
 from linear_methods import Method, op, planes_of, wrong
 from linear_rivals import present
 from rich.console import Console
-from side_by_side import Reading, report
-from speed_plot import plot
+from side_by_side import Timed, report
+from speed_plot import keep
 from torch import Tensor
 
 from fxquant.ops import ABI
@@ -67,7 +66,7 @@ def graph_clock(work: Callable[[], object]) -> Callable[[], float]:
 
 
 @dataclass
-class Round(Reading):
+class Round(Timed):
     """Some work that reads `nbytes` in each of its `calls`, all of them once in a round."""
 
     clock: Callable[[], float] = field(kw_only=True)
@@ -161,10 +160,7 @@ def main() -> None:
     console.print(f"{about}, {options.rounds} rounds")
     with torch.inference_mode():
         lines = measure(options, console, torch.device("cuda"), graph_clock)
-    if options.json:
-        options.json.write_text(json.dumps({"versions": about, "lines": lines}, indent=1))
-    if options.plot:
-        plot(lines, about, gpu_rivals.BASE, options.plot)
+    keep(lines, about, gpu_rivals.BASE, options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from linear_methods import Method, copies_of, planes_of
 from torch import Tensor, nn
 
 from fxquant import codecs
+from fxquant.bits import unpack
 from fxquant.scheme import Scheme
 
 
@@ -40,11 +41,17 @@ def float32(weight: Tensor, megabytes: float) -> Method:
     )
 
 
+def aten_planes(weight: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Planes of int4-g128; for ATen's products, their fields `[n, k]`, and scales with zeros `[groups, n, 2]`."""
+    planes = codecs.quantize(weight, Scheme.parse("int4-g128"), "absmax")
+    scales = torch.stack((planes["scales"], torch.zeros_like(planes["scales"])), -1).transpose(0, 1).contiguous()
+    return planes, unpack(planes["codes"], 4, weight.shape[1]), scales
+
+
 def aten_int4(weight: Tensor, megabytes: float) -> Method:
     scheme, (n, k) = Scheme.parse("int4-g128"), weight.shape
-    planes = codecs.quantize(weight, scheme, "absmax")
-    fields = codecs.decode.unpack(planes["codes"], 4, k).to(torch.int32)
-    scales = torch.stack((planes["scales"], torch.zeros_like(planes["scales"])), -1).transpose(0, 1).contiguous()
+    planes, fields, scales = aten_planes(weight)
+    fields = fields.to(torch.int32)
 
     def copy() -> Callable[[Tensor], Tensor]:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(fields, 1)

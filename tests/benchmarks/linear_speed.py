@@ -15,7 +15,6 @@ of experts, `grid_speed.py` for many shapes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from linear_methods import Method, decoded_first, function, op, planes_of, run_rounds, wrong
 from rich.console import Console
 from side_by_side import Reading, report
-from speed_plot import plot
+from speed_plot import keep
 from torch import Tensor
 
 from fxquant import native
@@ -113,10 +112,7 @@ def main() -> None:
     console.print(f"{about}, {options.rounds} rounds")
     with torch.inference_mode():
         lines = measure(options, console)
-    if options.json:
-        options.json.write_text(json.dumps({"versions": about, "lines": lines}, indent=1))
-    if options.plot:
-        plot(lines, about, "oneDNN bf16", options.plot)
+    keep(lines, about, "oneDNN bf16", options)
 
 
 if __name__ == "__main__":

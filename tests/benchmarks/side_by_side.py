@@ -23,6 +23,11 @@ class Timed:
     nbytes: int = field(default=0, kw_only=True)
     """Bytes of the weight, read in every call; 0: not told."""
 
+    @property
+    def rate(self) -> float:
+        """Bytes per second, median of the rounds."""
+        return self.nbytes / statistics.median(self.seconds)
+
 
 @dataclass
 class Reading(Timed):
@@ -45,11 +50,6 @@ class Reading(Timed):
         products = (lambda: torch.mv(first, ones), lambda: torch.dot(*places))
         self.seconds.append(min(map(seconds_of, products)))
 
-    @property
-    def rate(self) -> float:
-        """Bytes per second, median of the rounds."""
-        return self.nbytes / statistics.median(self.seconds)
-
 
 def seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
@@ -58,7 +58,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def report(
-    methods: Sequence[Timed], rows: int, what: str, console: Console, reading: Reading | None = None
+    methods: Sequence[Timed], rows: int, what: str, console: Console, reading: Timed | None = None
 ) -> list[dict[str, object]]:
     """Print a table of all methods; give back its lines, with every time.
 
@@ -82,13 +82,12 @@ def report(
         line = {"rows": rows, "method": method.name, "rival": method.rival, "seconds": list(method.seconds)}
         line |= {"ratio": middle, "ratios": medians}
         if reading:
-            rate = method.nbytes / statistics.median(method.seconds)
             share = statistics.median(
                 method.nbytes / own * other / reading.nbytes
                 for own, other in zip(method.seconds, reading.seconds, strict=True)
             )
-            numbers = [f"{rate / 1e9:.1f}", f"{100 * share:.0f} %", *numbers]
-            line |= {"bytes per second": rate, "share of read": share}
+            numbers = [f"{method.rate / 1e9:.1f}", f"{100 * share:.0f} %", *numbers]
+            line |= {"bytes per second": method.rate, "share of read": share}
         table.add_row(method.name, f"{1e3 * statistics.median(method.seconds):.3f}", *numbers)
         lines.append(line)
     console.print(f"\n[bold]{title}[/bold]", table, sep="\n")

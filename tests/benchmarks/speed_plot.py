@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+
+def keep(lines: Sequence[dict[str, Any]], title: str, base: str, options: argparse.Namespace) -> None:
+    """Write them to `options.json` and draw them to `options.plot`, where these are given."""
+    if options.json:
+        options.json.write_text(json.dumps({"versions": title, "lines": lines}, indent=1))
+    if options.plot:
+        plot(lines, title, base, options.plot)
 
 
 def plot(lines: Sequence[dict[str, Any]], title: str, base: str, path: Path) -> None:
