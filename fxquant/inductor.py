@@ -23,6 +23,7 @@ __all__ = [
     "compile_cpp",
     "compile_graph",
     "constant",
+    "example_size",
     "fields",
     "from_template",
     "gathered",
@@ -293,6 +294,14 @@ def is_positive(size: Any) -> bool:
     from torch._inductor.virtualized import V
 
     return bool(V.graph.sizevars.statically_known_gt(size, 0))
+
+
+def example_size(size: int | torch.SymInt) -> int | None:
+    """What a size in a captured graph, maybe a symbol, was with the example inputs; None where it depends on data.
+
+    `SymNode.hint`: read in torch 2.11, 2.13.
+    """
+    return size if isinstance(size, int) else cast("int | None", size.node.hint)
 
 
 def likely_size(size: Any, unknown: int) -> int:

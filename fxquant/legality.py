@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from fxquant.errors import SchemeError
+from fxquant.errors import FxquantError
+from fxquant.inductor import OpOverload, example_size
 from fxquant.listing import op_name, value
 from fxquant.ops import ABI
-from fxquant.scheme import Scheme
-
-_OPS = {"fxquant.linear": 6, "fxquant.linear_on_codes": 8}
-"""Ops on the planes of weights, with the number of their arguments; planes and what follows come last."""
 
 
 def violations(gm: fx.GraphModule) -> list[str]:
     """What is wrong with the graph of `gm`, one sentence each; empty for a legal graph.
 
-    Legal means: well-formed for torch.fx; every module, parameter and buffer that it names exists; every
-    `fxquant::linear` and `fxquant::linear_on_codes` has planes that fit its scheme, its rows and its input.
+    Legal means: well-formed for torch.fx; every module, parameter and buffer that it names exists; every op of fxquant
+    gets all its arguments by position and has this version's ABI, and takes them: planes that fit their scheme, the
+    rows and the input, ids and codes that belong to theirs.
     """
     found = []
     for node in gm.graph.nodes:
@@ -28,8 +26,8 @@ def violations(gm: fx.GraphModule) -> list[str]:
             found.append(f"{node.name} calls {node.target!r}, which is no submodule")
         elif node.op == "get_attr" and not _exists(gm, str(node.target), object):
             found.append(f"{node.name} reads {node.target!r}, which does not exist")
-        elif op_name(node) in _OPS:
-            problem = _linear_problem(node, op_name(node))
+        elif op_name(node).startswith("fxquant."):
+            problem = _call_problem(node)
             found += [f"{node.name}: {problem}"] if problem else []
     if not found:
         try:
@@ -48,32 +46,34 @@ def _exists(gm: fx.GraphModule, target: str, kind: type) -> bool:
     return isinstance(holder, kind)
 
 
-def _linear_problem(node: fx.Node, op: str) -> str | None:
-    count = _OPS[op]
-    if len(node.args) != count or node.kwargs:
-        return f"{op.replace('.', '::')} takes {count} positional arguments, it has {len(node.args)}"
-    x, (planes, biases, spelling, rows, abi) = node.args[0], node.args[-5:]
-    assert isinstance(planes, (list, tuple))
-    assert isinstance(biases, (list, tuple))
-    assert isinstance(rows, (list, tuple))
-    if abi != ABI:
+def _call_problem(node: fx.Node) -> str | None:
+    op: Any = node.target if isinstance(node.target, OpOverload) else node.target.default  # type: ignore[union-attr]
+    names = [argument.name for argument in op._schema.arguments]
+    if len(node.args) != len(names) or node.kwargs:
+        given = len(node.args) + len(node.kwargs)
+        return f"{op._schema.name} takes {len(names)} positional arguments, it has {given}"
+    if (abi := node.args[names.index("abi")]) != ABI:
         return f"its ABI number is {abi}, this version's is {ABI}"
-    try:
-        scheme = Scheme.parse(str(spelling))
-    except SchemeError as error:
-        return str(error)
-    if len(biases) not in (0, len(rows)):
-        return f"{len(biases)} biases for {len(rows)} weights"
-    fake = value(x) if isinstance(x, fx.Node) else None
-    k = fake.shape[-1] if isinstance(fake, torch.Tensor) and fake.ndim else None
-    if not isinstance(k, int):
+    fakes = [value(source) for source in node.all_input_nodes]
+    if any(fake is None or _unknown(fake) for fake in fakes):
         return None
-    wanted = [spec.shape for n in rows if isinstance(n, int) for spec in scheme.planes(n, k).values()]
-    if len(planes) != len(wanted):
-        return f"{len(planes)} planes for {len(rows)} weights in {spelling}, which take {len(wanted)}"
-    shapes = [
-        tuple(v.shape) if isinstance(v := value(p), torch.Tensor) else None for p in planes if isinstance(p, fx.Node)
-    ]
-    if any(got is not None and got != want for got, want in zip(shapes, wanted, strict=False)):
-        return f"planes of shapes {shapes} are not {spelling} of rows {list(rows)}, K={k}: {wanted}"
+    try:
+        with torch.no_grad():
+            op(*fx.map_arg(node.args, lambda source: _like(value(source))))
+    except (FxquantError, RuntimeError) as error:
+        return " ".join(str(error).split())
     return None
+
+
+def _unknown(fake: Any) -> bool:
+    """Whether sizes depend on data."""
+    sizes = fake.shape if isinstance(fake, Tensor) else [fake]
+    return any(isinstance(size, torch.SymInt) and example_size(size) is None for size in sizes)
+
+
+def _like(fake: Any) -> Any:
+    """A tensor on the meta device, of the sizes that it was captured with: symbols would add guards."""
+    if isinstance(fake, Tensor):
+        sizes = [size for size in map(example_size, fake.shape) if size is not None]
+        return torch.empty(sizes, dtype=fake.dtype, device="meta")
+    return example_size(fake) if isinstance(fake, torch.SymInt) else fake

@@ -14,6 +14,17 @@ from fxquant.scheme import Activation, Scheme
 from fxquant.scheme.activations import parse_activation
 
 
+def check_biases(biases: Sequence[Tensor], rows: Sequence[int]) -> None:
+    """Raise ModelError unless there are no biases, or one for each weight, `[N]` or empty."""
+    if biases and (
+        len(biases) != len(rows) or any(b.shape not in ((n,), (0,)) for b, n in zip(biases, rows, strict=True))
+    ):
+        raise ModelError(
+            "fxquant::linear got biases that are not those of its weights: none, or one of N numbers for each, or of 0\n"
+            f"  shapes: {[tuple(bias.shape) for bias in biases]}\n  rows of weights, N: {list(rows)}"
+        )
+
+
 def planes_by_weight(planes: Sequence[Tensor], rows: Sequence[int], spelling: str, k: int) -> list[dict[str, Tensor]]:
     """The planes of each weight by name.
 

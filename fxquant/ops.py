@@ -25,7 +25,7 @@ from fxquant.activation_codecs import CODE_DTYPES
 from fxquant.activation_codecs import quantize_activation as encode_activation
 from fxquant.codecs import dequantize as decode
 from fxquant.lowering import register as register_lowering
-from fxquant.op_arguments import check_codes, checked_activation, planes_by_weight, scales_shape
+from fxquant.op_arguments import check_biases, check_codes, checked_activation, planes_by_weight, scales_shape
 from fxquant.op_registration import define, with_autocast
 from fxquant.quantized_matmul import multiply
 from fxquant.scheme import Scheme
@@ -75,9 +75,10 @@ def linear(
         `[..., sum(rows)]` in the dtype of x.
 
     Raises:
-        ModelError: when the planes are not those of the scheme for these N and K.
+        ModelError: when the planes are not those of the scheme for these N and K, or the biases not those of the weights.
     """
     k, parsed = x.shape[-1], Scheme.parse(scheme)
+    check_biases(biases, rows)
     parts = planes_by_weight(planes, rows, scheme, k)
     activation = parsed.activation
     bias_dtype = x.dtype if activation is None else torch.float32
@@ -132,6 +133,7 @@ def _on_codes(
 def _linear_fake(
     x: Tensor, planes: Sequence[Tensor], biases: Sequence[Tensor], scheme: str, rows: Sequence[int], abi: int
 ) -> Tensor:
+    check_biases(biases, rows)
     planes_by_weight(planes, rows, scheme, x.shape[-1])
     register_lowering()
     return x.new_empty(*x.shape[:-1], sum(rows))
@@ -236,9 +238,11 @@ def linear_on_codes(
         abi: `ABI`.
 
     Raises:
-        ModelError: when planes, codes or scales are not those of the scheme for these N and this x.
+        ModelError: when planes, codes or scales are not those of the scheme for these N and this x, or biases not those
+            of the weights.
     """
     check_codes(x, codes, scales, scheme)
+    check_biases(biases, rows)
     parts = planes_by_weight(planes, rows, scheme, x.shape[-1])
     return _on_codes(x, codes, scales, parts, biases, Scheme.parse(scheme), rows)
 
@@ -255,6 +259,7 @@ def _(
     abi: int,
 ) -> Tensor:
     check_codes(x, codes, scales, scheme)
+    check_biases(biases, rows)
     planes_by_weight(planes, rows, scheme, x.shape[-1])
     register_lowering()
     return x.new_empty(*x.shape[:-1], sum(rows))

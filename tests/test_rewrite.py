@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxquant.api import capture
+from fxquant.codecs import quantize
 from fxquant.errors import RewriteError
+from fxquant.legality import violations
 from fxquant.listing import op_name
 from fxquant.ops import ABI
 from fxquant.passes import DropNoops
 from fxquant.patterns import Match, Op
 from fxquant.rewrite import Editor, Miss, Pass, rewrite
+from fxquant.scheme import Scheme
 
 
 class Gated(nn.Module):
@@ -121,7 +127,63 @@ def test_an_illegal_graph_is_refused() -> None:
         rewrite(gm, passes=(Dangling(),))
 
 
-def test_quantized_calls_are_checked_against_their_scheme() -> None:
+X = torch.empty(3, 8, device="meta")
+PLANES = [torch.empty(4, 8, dtype=torch.int8, device="meta"), torch.empty(4, 1, device="meta")]
+IDS = torch.empty(3, 2, dtype=torch.int64, device="meta")
+STACKS = [torch.empty(5, *plane.shape, dtype=plane.dtype, device="meta") for plane in PLANES]
+CODES, SCALES = torch.empty(3, 8, dtype=torch.int8, device="meta"), torch.empty(3, 1, device="meta")
+LEGAL_CALLS: dict[str, tuple[Any, ...]] = {
+    "linear": (X, PLANES, [], "int8", [4], ABI),
+    "linear_on_codes": (X, CODES, SCALES, PLANES, [], "int8+int8", [4], ABI),
+    "experts": (X, IDS, STACKS, [], "int8", 4, 5, ABI),
+    "experts on nothing": (X[:0], IDS[:0], STACKS, [], "int8", 4, 5, ABI),
+}
+ILLEGAL_CALLS: list[tuple[str, tuple[Any, ...], str]] = [
+    ("linear", (X, [], [], "int8", [4], ABI), r"planes that are not int8 of an \[N=4, K=8\] weight"),
+    ("linear", (X, PLANES[::-1], [], "int8", [4], ABI), "planes that are not int8"),
+    ("linear", (X, PLANES, [], "int9", [4], ABI), "int9"),
+    ("linear", (X, PLANES, [], "int8", [4], ABI - 1), f"its ABI number is {ABI - 1}, this version's is {ABI}"),
+    ("linear", (X, PLANES, [], "int8", [4]), "fxquant::linear takes 6 positional arguments, it has 5"),
+    ("linear", (X, PLANES, [X, X], "int8", [4], ABI), "biases that are not those of its weights"),
+    (
+        "linear_on_codes",
+        (X, CODES[:2], SCALES, PLANES, [], "int8+int8", [4], ABI),
+        "scales that are not int8",
+    ),
+    ("linear_on_codes", (X, CODES, SCALES, PLANES, [], "int8", [4], ABI), "takes its input as it is"),
+    ("experts", (X, IDS, PLANES, [], "int8", 4, 5, ABI), "planes that are not int8 of 5 experts"),
+    ("experts", (X, IDS[:2], STACKS, [], "int8", 4, 5, ABI), "int64 ids"),
+    ("experts", (X, IDS, STACKS, [X], "int8", 4, 5, ABI), "one bias for all experts"),
+    ("experts", (X, IDS, STACKS, [], "int8", 4, 5, ABI + 1), "its ABI number"),
+]
+
+
+def graph_of(name: str, args: tuple[Any, ...]) -> fx.GraphModule:
+    """A call, with the tensors among its arguments as inputs."""
+    graph = fx.Graph()
+
+    def node_of(tensor: Tensor) -> fx.Node:
+        node = graph.placeholder(f"x{len(graph.nodes)}")
+        node.meta["val"] = tensor
+        return node
+
+    nodes = pytree.tree_map_only(Tensor, node_of, args)
+    graph.output(graph.call_function(getattr(torch.ops.fxquant, name.split()[0]).default, nodes))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize("name", LEGAL_CALLS)
+def test_calls_that_fit_are_legal(name: str) -> None:
+    assert violations(graph_of(name, LEGAL_CALLS[name])) == []
+
+
+@pytest.mark.parametrize(("name", "args", "problem"), ILLEGAL_CALLS)
+def test_calls_that_do_not_fit_are_illegal(name: str, args: tuple[Any, ...], problem: str) -> None:
+    (found,) = violations(graph_of(name, args))
+    assert re.search(problem, found), found
+
+
+def test_a_pass_that_makes_an_illegal_call_is_refused() -> None:
     @dataclass(frozen=True)
     class WrongScheme(Pass):
         def pattern(self) -> Op:
@@ -132,8 +194,24 @@ def test_quantized_calls_are_checked_against_their_scheme() -> None:
             return node
 
     gm, _, _ = captured()
-    with pytest.raises(RewriteError, match="0 planes for 1 weights in int8, which take 2"):
+    with pytest.raises(RewriteError, match=r"WrongScheme\(\) left the graph illegal:\n.*planes that are not int8"):
         rewrite(gm, passes=(WrongScheme(),))
+
+
+def test_sizes_that_are_not_known_are_compared_without_guards() -> None:
+    class Rows(nn.Module):
+        def forward(self, x: Tensor, planes: list[Tensor]) -> Tensor:
+            y: Tensor = torch.ops.fxquant.linear(x, planes, [], "int8", [4], ABI)
+            return y
+
+    planes = list(quantize(torch.randn(4, 8), Scheme.parse("int8")).values())
+    rows = torch.export.Dim("rows")
+    gm = torch.export.export(Rows(), (torch.randn(3, 8), planes), dynamic_shapes=({0: rows}, [None, None])).graph_module
+    assert violations(gm) == []
+    (call,) = [n for n in gm.graph.nodes if op_name(n) == "fxquant.linear"]
+    assert isinstance(call.meta["val"].shape[0], torch.SymInt)
+    call.args = (*call.args[:3], "int4", *call.args[4:])
+    assert "planes that are not int4" in violations(gm)[0]
 
 
 def test_history_holds_no_tensors() -> None:
