@@ -15,6 +15,7 @@ from fxquant.expert_layouts import ExpertsLayout, Projection, as_stack
 from fxquant.expert_matmul import PLAIN
 from fxquant.expert_ops import ABI
 from fxquant.expert_stacks import Schemes, Stack, joined, pair_of, stacks_of
+from fxquant.op_arguments import refuse_tangents
 from fxquant.scheme import Scheme
 
 
@@ -76,7 +77,12 @@ class QExperts(ExpertsContainer):
             self.register_buffer(stack.tensor("experts"), members)
 
     def project(self, name: str, x: Tensor, ids: Tensor) -> Tensor:
-        """As `ExpertsContainer.project`: the op `fxquant::experts`, once per stack."""
+        """As `ExpertsContainer.project`: the op `fxquant::experts`, once per stack.
+
+        Raises:
+            ModelError: a forward-mode derivative is wanted.
+        """
+        refuse_tangents([x])
         parts = self.layout.parts(name)
         if not parts:
             parts = (self.layout.projection(name),)
@@ -102,7 +108,12 @@ class QExperts(ExpertsContainer):
         return rest if joint is None else joint + rest
 
     def gated(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
-        """As `ExpertsContainer.gated`: the op `fxquant::gated_experts`, on a CPU without a gradient."""
+        """As `ExpertsContainer.gated`: the op `fxquant::gated_experts`, on a CPU without a gradient.
+
+        Raises:
+            ModelError: a forward-mode derivative is wanted.
+        """
+        refuse_tangents([x, weights])
         # However many tokens there are: a graph must not depend on it.
         if self.pair is None or torch.is_grad_enabled() or x.device.type != "cpu":
             return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ModelError
+from fxquant.op_arguments import refuse_tangents
 from fxquant.ops import ABI
 from fxquant.scheme import Scheme
 
@@ -111,7 +112,12 @@ class QLinear(nn.Linear):
             self._buffers[name] = planes[name]
 
     def forward(self, input: Tensor) -> Tensor:
-        """`x @ W.T + b` for x `[..., in_features]`, in the dtype of x: the op `fxquant::linear`."""
+        """`x @ W.T + b` for x `[..., in_features]`, in the dtype of x: the op `fxquant::linear`.
+
+        Raises:
+            ModelError: when x has other features, or a forward-mode derivative is wanted.
+        """
+        refuse_tangents([input])
         biases = [] if self.bias is None else [self.bias]
         planes = [getattr(self, name) for name in self.plane_names]
         result: Tensor = torch.ops.fxquant.linear(input, planes, biases, self.spelling, [self.out_features], ABI)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fxquant.activation_codecs import CODE_DTYPES
 from fxquant.errors import ModelError, SchemeError
@@ -16,13 +17,27 @@ from fxquant.scheme.activations import parse_activation
 
 def check_biases(biases: Sequence[Tensor], rows: Sequence[int]) -> None:
     """Raise ModelError unless there are no biases, or one for each weight, `[N]` or empty."""
-    if biases and (
-        len(biases) != len(rows) or any(b.shape not in ((n,), (0,)) for b, n in zip(biases, rows, strict=True))
-    ):
+    one_each = len(biases) == len(rows) and all(b.shape in ((n,), (0,)) for b, n in zip(biases, rows, strict=True))
+    if biases and not one_each:
         raise ModelError(
-            "fxquant::linear got biases that are not those of its weights: none, or one of N numbers for each, or of 0\n"
-            f"  shapes: {[tuple(bias.shape) for bias in biases]}\n  rows of weights, N: {list(rows)}"
+            "fxquant::linear got biases that are not those of its weights: none, or for each one of N numbers or of 0\n"
+            f"  shapes: {[tuple(bias.shape) for bias in biases]}\n  N: {list(rows)}"
         )
+
+
+def refuse_tangents(inputs: Sequence[object]) -> None:
+    """Raise ModelError where forward-mode derivatives are wanted: ops have none, and torch would give zeros.
+
+    For modules, before they call an op: behind that tangents are gone. While torch compiles there are none.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in inputs:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ModelError(
+                "quantized modules have no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)\n"
+                "  gradients backwards are there, and all derivatives after fxquant.dequantize(model)"
+            )
 
 
 def planes_by_weight(planes: Sequence[Tensor], rows: Sequence[int], spelling: str, k: int) -> list[dict[str, Tensor]]:

@@ -75,7 +75,7 @@ def linear(
         `[..., sum(rows)]` in the dtype of x.
 
     Raises:
-        ModelError: when the planes are not those of the scheme for these N and K, or the biases not those of the weights.
+        ModelError: when planes are not those of the scheme for these N and K, or biases not those of the weights.
     """
     k, parsed = x.shape[-1], Scheme.parse(scheme)
     check_biases(biases, rows)
