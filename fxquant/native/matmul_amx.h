@@ -94,7 +94,7 @@ template <class Numbers> struct Amx {
         const int64_t turns = (count + turn - 1) / turn, all_sums = VECTORS * sums;
         memset(scratch.totals.data, 0, turns * all_sums * sizeof(float));
         const TileShapes shapes(numbers.tile_bytes(), apart);
-        Ahead ahead(task, scratch, PANEL, turns);
+        Ahead ahead(task, scratch, PANEL, (turns + 1) * Ahead::ASKS);
         Pending pending;
         float* held = scratch.sums.data; // where sums go on that are in tiles; at first to where nobody looks
         const int64_t most = turns < 8 ? 1 : numbers.together();

@@ -238,13 +238,14 @@ template <int DIGITS> struct Codes : Panels {
         const float* xs[BATCH];
         for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
         memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
-        Ahead ahead(task, scratch, PANEL, turns);
+        Ahead ahead(task, scratch, PANEL, turns * Ahead::ASKS);
         for (int64_t panel = 0; panel < inputs.panels; panel++) {
             ahead.to_panel(panel);
-            decode_bytes(panel, scratch, (Z*)scratch.panel.data, ahead);
+            const Z* weights = words_from(panel * PANEL, flip(), scratch);
+            if (NIBBLES) weights = taken_apart(weights, (Z*)scratch.panel.data);
             for (int64_t turn = 0; turn < turns; turn++) {
                 const int64_t a = turn * count / turns, b = (turn + 1) * count / turns;
-                with_constant<TURN>(b - a, [&](auto tokens) { multiply<tokens, NIBBLES>(panel, xs + a, a, scratch, ahead); });
+                with_constant<TURN>(b - a, [&](auto tokens) { multiply<tokens, NIBBLES>(panel, weights, xs + a, a, scratch, ahead); });
             }
         }
         for (int64_t i = 0; i < count; i++) {
@@ -254,12 +255,25 @@ template <int DIGITS> struct Codes : Panels {
         }
     }
 
+    // Of a panel of words of 4 bits, every other of 8 columns as bytes, then those between.
+    static const Z* taken_apart(const Z* words, Z* to) {
+        const Z low = _mm512_set1_epi8(15);
+        for (int i = 0; i < 16; i++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                const Z word = words[i * VECTORS + v];
+                to[2 * i * VECTORS + v] = _mm512_and_si512(word, low);
+                to[(2 * i + 1) * VECTORS + v] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
+            }
+        return to;
+    }
+
     // Some rows of x with a panel, added to what there is of them.
     template <int T, bool NIBBLES>
-    __attribute__((noinline)) void multiply(int64_t panel, const float* const* xs, int64_t token, Scratch& scratch,
-                                            Ahead& ahead) const {
+    __attribute__((noinline)) void multiply(int64_t panel, const Z* weights, const float* const* xs, int64_t token,
+                                            Scratch& scratch, Ahead& ahead) const {
         constexpr int PLANES = T * MANY;
-        const Z* weights = (const Z*)scratch.panel.data;
+        const Z* const whole = weights; // panel
         for (int64_t s = 0; s < inputs.per; s++) {
             const int32_t* x[T];
             Z sums[PLANES][VECTORS];
@@ -297,7 +311,7 @@ template <int DIGITS> struct Codes : Panels {
                     const Step& mine = inputs.steps(xs[t], panel)[s];
                     const F of_x = all(mine.total), own = all(mine.scale);
                     Z lowest[VECTORS];
-                    if (FIRST) add_lowest<NIBBLES>(panel, xs[t], mine, scratch, lowest);
+                    if (FIRST) add_lowest<NIBBLES>(panel, whole, xs[t], mine, lowest);
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++) {
                         Z digits[DIGITS] = {lowest[v]};
@@ -316,10 +330,9 @@ template <int DIGITS> struct Codes : Panels {
 
     // Sums of the lowest digits of a step.
     template <bool NIBBLES>
-    __attribute__((always_inline)) void add_lowest(int64_t panel, const float* x, const Step& step, const Scratch& scratch,
+    __attribute__((always_inline)) void add_lowest(int64_t panel, const Z* weights, const float* x, const Step& step,
                                                    Z (&sums)[VECTORS]) const {
         const int32_t* const digits = (const int32_t*)inputs.digits(x, panel);
-        const Z* const weights = (const Z*)scratch.panel.data;
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sums[v] = _mm512_set1_epi32(step.starts[0][0]);
         for (uint32_t words = step.lowest; words; words &= words - 1) {

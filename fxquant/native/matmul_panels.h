@@ -146,16 +146,43 @@ struct Panels {
 #endif
     };
 
-    // Vector v of 16 rows: 64 bytes of each, from a column on; codes of 4 bits as they are, others a byte each. The 16
-    // rows that come next are asked for, and no more: of many rows that are a power of two apart, the first-level cache
-    // holds few.
-    void read_words(const Scratch& scratch, int v, int64_t column, Z (&words)[16]) const {
-        const int64_t first = column * job.bits / 8;
-        const int64_t next_first = v + 1 < VECTORS ? first : first + (job.bits == 4 ? 64 : 8 * job.bits);
-        read_words(scratch, v, column, (v + 1) % VECTORS, next_first, words);
+    // Lines of rows that are read at once, and the columns of one: codes of 4 bits are 64 bytes, others become as many.
+    static constexpr int64_t TURNED = 4;
+    int64_t line() const { return job.bits == 4 ? 128 : 64; }
+
+    // The words of a panel, from a column on. Lines are turned with the first panel that is in them.
+    const Z* words_from(int64_t column, Z flip, Scratch& scratch) const {
+        const int64_t place = column % (TURNED * line());
+        Z* const turned = (Z*)scratch.words.data;
+        if (place == 0) turn_words(column, TURNED, flip, scratch, turned);
+        return turned + place / (line() / LANES) * VECTORS;
     }
 
-    // The same, before those of vector next_v from a byte on.
+    // Some lines of 64 rows from a column on as words: 16 of each line, 16 rows in a vector, and their bytes flipped where
+    // they are no codes of 4 bits. Of 16 rows all lines are read before others are: of many rows that are a power of two
+    // apart, the first-level cache holds few lines. For the same reason no more is asked for than the lines that come next.
+    void turn_words(int64_t column, int64_t lines, Z flip, const Scratch& scratch, Z* to) const {
+        with_flag(job.bits == 4, [&](auto nibbles) { turn_words<nibbles>(column, lines, flip, scratch, to); });
+    }
+
+    template <bool NIBBLES>
+    __attribute__((noinline)) void turn_words(int64_t column, int64_t lines, Z flip, const Scratch& scratch, Z* to) const {
+        constexpr int64_t LINE = NIBBLES ? 128 : 64;
+        for (int v = 0; v < VECTORS; v++)
+            for (int64_t i = 0; i < lines; i++) {
+                Z words[16];
+                const bool more = i + 1 < lines;
+                const int64_t next = column + (more ? i + 1 : v + 1 < VECTORS ? 0 : lines) * LINE;
+                const int64_t next_byte = NIBBLES ? next / 2 : next * job.bits / 8;
+                read_words(scratch, v, column + i * LINE, more ? v : (v + 1) % VECTORS, next_byte, words);
+                Z* const own = to + i * 16 * VECTORS + v;
+#pragma GCC unroll 16
+                for (int w = 0; w < 16; w++) own[w * VECTORS] = NIBBLES ? words[w] : _mm512_xor_si512(words[w], flip);
+            }
+    }
+
+    // A line of each of 16 rows, the vector v of them, before those of another one from a byte on.
+    __attribute__((always_inline))
     void read_words(const Scratch& scratch, int v, int64_t column, int next_v, int64_t next_first, Z (&words)[16]) const {
         const int64_t first = column * job.bits / 8, rest = bytes - first;
         const uint8_t* const* const rows = scratch.codes + v * LANES;
@@ -189,8 +216,9 @@ struct Panels {
         const int64_t bytes, each; // of a panel, and of a time
         int64_t some = 0, asks = 0; // bytes, whole lines of them, and how often in a turn, where nothing is asked for elsewhere
 
-        Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns)
-            : Ahead(task, scratch, columns, [&](int64_t all) { return part_of(all, (turns + 1) * ASKS); }) {}
+        // So many times for each panel.
+        Ahead(const Task& task, const Scratch& scratch, int64_t columns, int64_t times)
+            : Ahead(task, scratch, columns, [&](int64_t all) { return part_of(all, times); }) {}
 
         // Not while a panel is decoded, and where a turn has so many steps, in as many of them as it takes.
         static Ahead in_turns(const Task& task, const Scratch& scratch, int64_t columns, int64_t turns, int64_t steps) {
@@ -214,46 +242,6 @@ struct Panels {
 
         static int64_t part_of(int64_t all, int64_t parts) { return (all + parts - 1) / parts; }
     };
-
-    // Integers of a panel of 128 columns as bytes: of every 4 columns, or every other of 8 columns of 4 bits, 4 vectors of 16
-    // rows.
-    void decode_bytes(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        with_flag(job.bits == 4, [&](auto nibbles) { decode_bytes<nibbles>(panel, scratch, to_panel, ahead); });
-    }
-
-    // Some panels of 128 columns of 4 bits, as words of 8 columns: 16 of each panel, 16 rows in a vector. Of each row what
-    // is there of all these panels is read at once.
-    __attribute__((noinline)) void turn_words(int64_t first, int64_t end, const Scratch& scratch, Z* to) const {
-        for (int v = 0; v < VECTORS; v++)
-            for (int64_t panel = first; panel < end; panel++) {
-                Z words[16];
-                const bool more = panel + 1 < end;
-                const int64_t next = more ? panel + 1 : v + 1 < VECTORS ? first : end;
-                read_words(scratch, v, panel * 128, more ? v : (v + 1) % VECTORS, next * 64, words);
-                Z* const own = to + (panel - first) * 16 * VECTORS + v;
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) own[i * VECTORS] = words[i];
-            }
-    }
-
-    template <bool NIBBLES>
-    __attribute__((noinline)) void decode_bytes(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead& ahead) const {
-        const Z low = _mm512_set1_epi8(15), flip = this->flip();
-        for (int v = 0; v < VECTORS; v++) {
-            ahead.ask(Ahead::PER_VECTOR);
-            for (int half = 0; half < (NIBBLES ? 1 : 2); half++) {
-                Z words[16];
-                read_words(scratch, v, panel * 128 + half * 64, words);
-                Z* const to = to_panel + v + half * 16 * VECTORS;
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; i++)
-                    if (NIBBLES) {
-                        to[2 * i * VECTORS] = _mm512_and_si512(words[i], low);
-                        to[(2 * i + 1) * VECTORS] = _mm512_and_si512(_mm512_srli_epi32(words[i], 4), low);
-                    } else to[i * VECTORS] = _mm512_xor_si512(words[i], flip);
-            }
-        }
-    }
 
     // What makes bytes of signed integers unsigned.
     Z flip() const { return _mm512_set1_epi8(job.bits == 8 && job.low ? (char)0x80 : 0); }

@@ -44,7 +44,7 @@ struct Tiles : Panels {
         const float* xs[BATCH];
         for (int64_t i = 0; i < count; i++) xs[i] = task.x_row(from + i);
         memset(scratch.totals.data, 0, count * AT_ONCE * sizeof(float));
-        Ahead ahead(task, scratch, PANEL, turns);
+        Ahead ahead(task, scratch, PANEL, (turns + 1) * Ahead::ASKS);
         for (int64_t panel = 0; panel < panels; panel++) {
             ahead.to_panel(panel);
             decode(panel, scratch, ahead);
@@ -97,15 +97,10 @@ struct Tiles : Panels {
     enum Values { NIBBLES, FEW, SIGNED, UNSIGNED, MANY };
 
     void decode(int64_t panel, Scratch& scratch, Ahead& ahead) const {
-        for (int v = 0; v < VECTORS; v++) {
+        const Z* words = words_from(panel * PANEL, Z{}, scratch);
+        for (int v = 0; v < VECTORS; v++, words++) {
             ahead.ask(Ahead::PER_VECTOR);
-            Z* const words = (Z*)scratch.words.data + 16 * v; // of 4 bits, there are enough for two panels
-            if (job.bits != 4 || panel % 2 == 0) {
-                Z read[16];
-                read_words(scratch, v, panel * PANEL, read);
-                memcpy(words, read, sizeof read);
-            }
-            if (job.bits == 4) expand<NIBBLES>(words + panel % 2 * 8, v, panel, scratch);
+            if (job.bits == 4) expand<NIBBLES>(words, v, panel, scratch);
             else if (job.bits < 4) expand<FEW>(words, v, panel, scratch);
             else if (job.kind) expand<MANY>(words, v, panel, scratch);
             else if (job.bits == 8 && job.low) expand<SIGNED>(words, v, panel, scratch);
@@ -122,7 +117,7 @@ struct Tiles : Panels {
             const F offsets = job.zero ? load(scratch.offsets_by_block.data + block) : F{};
             const auto all_with = [&](auto&& weight) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                for (int j = 0; j < PER; j++, to += VECTORS) *to = weight(value<VALUES>(words[i], j));
+                for (int j = 0; j < PER; j++, to += VECTORS) *to = weight(value<VALUES>(words[i * VECTORS], j));
             };
             if (job.zero == 0) all_with([&](F value) { return value * scales; });
             else if (job.zero == 1) all_with([&](F value) { return (value - offsets) * scales; });

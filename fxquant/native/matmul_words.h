@@ -21,8 +21,6 @@ inline __attribute__((always_inline)) Z word_in_order(const int32_t* p) {
 template <class Numbers> struct WordPanels {
     static constexpr int TURN = Panels::TOKENS, VECTORS = Panels::VECTORS; // rows of x, at the most
     static constexpr int64_t BATCH = 512, PANEL = Numbers::PANEL;
-    static constexpr int64_t TOGETHER = Numbers::TOGETHER; // panels that are decoded before rows of x meet them
-    static constexpr int64_t TURNED = 4;                   // panels of 4 bits whose codes are read at once
     static constexpr int OF_WORDS = 2;                     // words that are read in a step
     using Ahead = Panels::Ahead;
 
@@ -84,26 +82,27 @@ template <class Numbers> struct WordPanels {
         numbers.load_numbers(task, scratch);
         numbers.by_block(scratch);
         numbers.prepare(scratch);
-        const bool decoded = job.bits != 4 || numbers.rounded;
+        const bool codes = job.bits == 4 && !numbers.decodes(); // are what is multiplied, not words
         Turn turns[BATCH];
         const char* x = (const char*)task.x;
         for (int64_t row = 0; row < task.count;) {
             int64_t count = 0;
             for (const int64_t first = row; row < task.count && row + TURN <= first + BATCH; count++, x += task.width * 4) {
                 const int64_t rows = rows_of_turn(task.count - row);
-                turns[count] = {x, row, rows, multiply_of(rows, decoded)};
+                turns[count] = {x, row, rows, multiply_of(rows, !codes)};
                 row += rows;
             }
-            batch(task, turns, count, scratch);
+            batch(task, turns, count, codes, scratch);
         }
     }
 
-    void batch(const Task& task, const Turn* turns, int64_t count, Scratch& scratch) const {
-        const bool nibbles = job.bits == 4, rounded = nibbles && numbers.rounded;
+    void batch(const Task& task, const Turn* turns, int64_t count, bool codes, Scratch& scratch) const {
         const auto totals = [&](const Turn& turn) { return scratch.totals.data + (turn.first - turns->first) * AT_ONCE; };
         std::fill(totals(turns[0]), totals(turns[count - 1]) + turns[count - 1].count * AT_ONCE, 0.0f);
-        const int64_t together = nibbles ? TURNED : TOGETHER, parts = rounded ? TURNED : 1;
-        const int64_t steps = together / parts * Numbers::WORDS / (nibbles && !rounded ? Numbers::OF_NIBBLES : OF_WORDS);
+        // Panels whose lines are turned at once; what is decoded right where it is read is one at a time.
+        const int64_t together = numbers.turns() ? Panels::TURNED * numbers.line() / PANEL : 1;
+        const int64_t parts = numbers.decodes() ? together : 1;
+        const int64_t steps = together / parts * Numbers::WORDS / (codes ? Numbers::OF_NIBBLES : OF_WORDS);
         Ahead ahead = Ahead::in_turns(task, scratch, PANEL * together, count * parts, steps);
         const auto meet = [&](int64_t panel, int64_t end, const Z* weights) {
             for (int64_t i = 0; i < count; i++)
@@ -113,18 +112,14 @@ template <class Numbers> struct WordPanels {
         for (int64_t panel = 0; panel < numbers.panels; panel += together) {
             const int64_t end = std::min(panel + together, numbers.panels);
             ahead.to_panel(panel / together);
-            if (nibbles) numbers.turn_words(panel, end, scratch, words);
-            if (nibbles && !rounded) meet(panel, end, words);
-            else if (rounded)
+            if (numbers.turns())
+                numbers.turn_words(panel * PANEL, (end - panel) * PANEL / numbers.line(), numbers.flip(), scratch, words);
+            if (!numbers.decodes()) meet(panel, end, words);
+            else
                 for (int64_t p = panel; p < end; p++) {
-                    numbers.round(p, words + (p - panel) * 16 * VECTORS, scratch, panels);
+                    numbers.decode(p, words + (p - panel) * 16 * VECTORS, scratch, panels);
                     meet(p, p + 1, panels);
                 }
-            else {
-                for (int64_t p = panel; p < end; p++)
-                    numbers.decode(p, scratch, panels + (p - panel) * Numbers::WORDS * VECTORS, ahead);
-                meet(panel, end, panels);
-            }
         }
         for (int64_t i = 0; i < count; i++)
             for (int64_t t = 0; t < turns[i].count; t++) {

@@ -6,7 +6,6 @@ namespace {
 
 struct CodeWords : Panels {
     static constexpr int64_t PANEL = Inputs<1>::PANEL, WORDS = PANEL / 4; // columns, and words of them
-    static constexpr int64_t TOGETHER = 2;      // panels
     static constexpr int OF_NIBBLES = 2;        // words that are made of one of 4 bits
     static constexpr int64_t NUMBERS = 3;       // of a step of a row of x: what sums lack, the sum of codes, their scale
     static constexpr bool rounded = false;      // weights are not, with their scales
@@ -94,11 +93,10 @@ struct CodeWords : Panels {
         }
     }
 
-    void decode(int64_t panel, const Scratch& scratch, Z* to, Ahead& ahead) const {
-        decode_bytes<false>(panel, scratch, to, ahead);
-    }
+    static bool turns() { return true; }
+    static bool decodes() { return false; }
 
-    static void round(int64_t, const Z*, const Scratch&, Z*) {}
+    static void decode(int64_t, const Z*, const Scratch&, Z*) {}
 
     static Z key() { return _mm512_set1_epi8(15); }
 

@@ -10,7 +10,6 @@ namespace {
 
 struct FloatWords : Panels {
     static constexpr int64_t PANEL = 128, WORDS = PANEL / 2; // columns, and words of them
-    static constexpr int64_t TOGETHER = 1;                   // panels
     static constexpr int OF_NIBBLES = 4;                     // words that are made of one of 4 bits
     static constexpr int64_t NUMBERS = 1;                    // of a step of a row of x, where there are offsets: its sum
     static constexpr bool ADDS_OFFSETS = true;               // to sums of a step, times the sum of x
@@ -110,7 +109,13 @@ struct FloatWords : Panels {
         return to;
     }
 
-    void decode(int64_t panel, const Scratch& scratch, Z* to_panel, Ahead&) const {
+    // Whether lines are turned first, and whether panels are decoded before they are multiplied.
+    bool turns() const { return job.bits == 4; }
+    bool decodes() const { return job.bits != 4 || rounded; }
+
+    // From words of lines that are turned, or else from what is read.
+    void decode(int64_t panel, const Z* words, const Scratch& scratch, Z* to_panel) const {
+        if (rounded) return with_constant<3>(job.zero + 1, [&](auto n) { round<n - 1>(panel, words, scratch, to_panel); });
         with_values(job, [&](auto values) {
             if constexpr (values != Values::NIBBLES) decode<values>(panel, scratch, to_panel);
         });
@@ -118,19 +123,18 @@ struct FloatWords : Panels {
 
     template <Values VALUES>
     __attribute__((noinline)) void decode(int64_t panel, const Scratch& scratch, Z* to_panel) const {
+        const int64_t first = panel * PANEL;
         for (int v = 0; v < VECTORS; v++)
             for (int64_t half = 0; half < 2; half++) {
                 Z words[16];
-                read_words(scratch, v, panel * PANEL + half * PANEL / 2, words);
+                const int64_t column = first + half * PANEL / 2;
+                const int64_t next = half == 0 ? column + PANEL / 2 : v + 1 < VECTORS ? first : first + PANEL;
+                read_words(scratch, v, column, half == 0 ? v : (v + 1) % VECTORS, next * job.bits / 8, words);
                 Z* const to = to_panel + half * WORDS / 2 * VECTORS + v;
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++)
                     for (int j = 0; j < 2; j++) to[(2 * i + j) * VECTORS] = tables.two<VALUES>(words[i], j);
             }
-    }
-
-    void round(int64_t panel, const Z* words, const Scratch& scratch, Z* to_panel) const {
-        with_constant<3>(job.zero + 1, [&](auto n) { round<n - 1>(panel, words, scratch, to_panel); });
     }
 
     // 8 weights of each row from a word.
