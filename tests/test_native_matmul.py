@@ -328,9 +328,8 @@ def test_floats_as_whole_numbers_are_off_by_less_than_their_promise(spelling: st
     held = 2.0**-23 * (weight.abs() @ largest.repeat_interleave(128)[:k])
     # Three roundings for every 32 columns, of sums of codes and of x, which are apart where there is a zero.
     apart = weight.abs().amax(1, True)
-    if scheme.zero == "int":  # of all codes of a row, and of its zeros: both may be large where weights are 0
-        scaled = decoded({**planes, "zeros": torch.zeros_like(planes["zeros"])}, scheme, n, k)
-        apart = torch.maximum(scaled.abs(), (scaled - weight).abs()).amax(1, True)
+    if scheme.zero == "int":  # codes and zeros are multiplied apart: both may be large where weights are 0
+        apart = 2.0**scheme.spec.bits * planes["scales"].double().abs().amax(1, True)
     sums = 2.0**-24 * (3 * k / 32 + 8) * ((weight.abs() + 2 * apart) @ last.abs())
     if is_rounded(scheme, dtype, rows):
         held = held + 2.0**-8 * (weight.abs() @ last.abs())

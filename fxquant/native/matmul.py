@@ -46,12 +46,11 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
 
     W is not rounded to the dtype of x, but for the case below: it is in float32, up to rounding what
     `fxquant.codecs.dequantize` gives. Sums are in float32, rounded once; where there are zeros, products with codes and
-    with zeros may be rounded apart. Where x is quantized, or is bfloat16 or
-    float16, products with integers are added up as integers, exactly, over up to 128 columns under one scale, on
-    processors with AVX512-VNNI; those of floats with more than 2 rows only if 32 columns or more have one scale, and
-    with integers of 8 bits from 5 rows on, of 5 or 6 from 64, of 2 or 3 from 128. Floats are whole numbers of 24 bits
-    there, off by about 2**-23 of the largest of those columns: in bfloat16 none is that is not 2**14 times smaller
-    than it, in float16 2**11 times.
+    with zeros may be rounded apart. Where x is quantized, or is bfloat16 or float16, products with integers are added
+    up as integers, exactly, over up to 128 columns under one scale, on processors with AVX512-VNNI; those of floats
+    with more than 2 rows only if 32 columns or more have one scale, and with integers of 8 bits from 5 rows on, of 5
+    or 6 from 64, of 2 or 3 from 128. Floats are whole numbers of 24 bits there, off by about 2**-23 of the largest of
+    those columns: in bfloat16 none is that is not 2**14 times smaller than it, in float16 2**11 times.
 
     On processors with matrix units (AMX) more than 8 rows are multiplied there; more than 6 of bfloat16 with integers
     of 4 bits, and more than 4 with other values of 4 bits, or with any of 2, 3, 5 or 6 bits or float8: in pieces that
