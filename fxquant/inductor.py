@@ -31,6 +31,7 @@ __all__ = [
     "indices",
     "is_positive",
     "is_size",
+    "keeps_matrix_units",
     "likely_size",
     "lowered",
     "once_for",
@@ -81,6 +82,14 @@ def has_bfloat16_products() -> bool:
     `torch.cpu._is_amx_tile_supported` and `_is_avx512_bf16_supported`: read in torch 2.11, 2.13.
     """
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def keeps_matrix_units() -> bool:
+    """Whether the CPU has matrix units (AMX), which the system, a sandbox or an old kernel, denies us.
+
+    `torch.cpu._is_amx_tile_supported` and `_init_amx`, which asks for them: read in torch 2.11, 2.13.
+    """
+    return bool(torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx())
 
 
 def add_lowering(op: OpOverload, lower: Callable[..., Any]) -> None:

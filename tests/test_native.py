@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant import codecs, native
+from fxquant.inductor import compile_cpp
 from fxquant.native import library
 from fxquant.scheme import Scheme
 
@@ -278,3 +279,26 @@ def test_nothing_is_built_at_import() -> None:
     code = "import sys, fxquant.codecs; print('torch._inductor.codecache' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("there", "ours", "denied"), [(True, True, False), (True, False, True), (False, False, False)])
+def test_matrix_units_that_the_system_denies_are_not_compiled_for(
+    there: bool, ours: bool, denied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of pairs are compiled instead, which those units would be in the way of."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: there)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: ours)
+    flags: list[str] = []
+    monkeypatch.setattr(library, "compile_cpp", lambda text, given: flags.extend(given))
+    assert library.load("nothing", "", ("bits.h",), contract=False) == (None,)
+    assert ("-U__AMX_BF16__" in flags) == denied
+
+
+def test_what_matrix_units_define_can_be_taken_back() -> None:
+    """A macro of the compiler's own, that it defines for processors with them."""
+    source = 'extern "C" int multiplies() {\n#ifdef __AMX_BF16__\nreturn 1;\n#else\nreturn 0;\n#endif\n}'
+    try:
+        built = [compile_cpp(source, ("-march=sapphirerapids", *more)) for more in ((), ("-U__AMX_BF16__",))]
+    except Exception as error:
+        pytest.skip(f"a compiler that does not know such processors: {error}")
+    assert [one.multiplies() for one in built] == [1, 0]

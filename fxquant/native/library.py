@@ -16,7 +16,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from fxquant.inductor import compile_cpp
+from fxquant.inductor import compile_cpp, keeps_matrix_units
 
 _SOURCES = (
     *("vectors.h", "bits.h", "job.h", "elements.h", "search.h", "lines.h", "levels.h", "pieces.h"),
@@ -92,10 +92,13 @@ def load(what: str, instead: str, *parts: Sequence[str], contract: bool) -> tupl
         parts: of each library the names of its files, in the order in which they are one text.
         contract: whether a product and a sum may become one operation, which is rounded once.
     """
+    # Kernels for pairs of bfloat16 are compiled where those for matrix units are not.
+    denied = ("-U__AMX_BF16__",) if keeps_matrix_units() else ()
+    flags = (*_FLAGS, *denied, f"-ffp-contract={'fast' if contract else 'off'}")
 
     def build(names: Sequence[str]) -> ctypes.CDLL:
         text = "\n".join((resources.files("fxquant.native") / name).read_text() for name in names)
-        return compile_cpp(text, (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}"))
+        return compile_cpp(text, flags)
 
     try:
         # A compiler takes some 400 MB: no more of them than processors.

@@ -58,12 +58,12 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     with 8 bits where x is bfloat16, with 16 where it is float16, and float32 with them is left to other kernels. With
     more than 32 rows of bfloat16, weights of up to 4 bits in blocks are rounded to bfloat16 with their scales.
 
-    On processors with AVX512-BF16 and no such units, rows of bfloat16 are multiplied by pairs of columns, exactly, and
-    added up in float32; but from 5 to 24 rows as whole numbers, as above, with integers of 8 bits of which 32 columns
-    or more have one scale, and up to 4 rows in float32 where blocks of 64 columns, or 128 of 4 bits, do not end with
-    those of the weight. Values of other tables count with 8 bits there, too. With more than 32 rows, weights of 4 bits
-    are rounded to bfloat16 with their scales where blocks are no multiples of 64 columns, or with zeros or biases of
-    128.
+    On processors with AVX512-BF16 and no such units, or none that the system lets a process use, rows of bfloat16
+    are multiplied by pairs of columns, exactly, and added up in float32; but from 5 to 24 rows as whole numbers, as
+    above, with integers of 8 bits of which 32 columns or more have one scale, and up to 4 rows in float32 where
+    blocks of 64 columns, or 128 of 4 bits, do not end with those of the weight. Values of other tables count with 8
+    bits there, too. With more than 32 rows, weights of 4 bits are rounded to bfloat16 with their scales where
+    blocks are no multiples of 64 columns, or with zeros or biases of 128.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 2 for
