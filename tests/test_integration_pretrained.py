@@ -15,7 +15,6 @@ import pytest
 import torch
 from integration_models import PARTLY, assert_same, load, logits, source_in
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -98,26 +97,6 @@ def test_what_was_quantized_in_memory_is_saved(kind: str, sources: Callable[[str
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path / "full")
     assert_same(model, load(tmp_path / "full"))
-
-
-@pytest.mark.parametrize("kind", ["llama", "llava"])
-def test_models_of_the_same_config_stay_what_they_are(kind: str, tmp_path: Path) -> None:
-    """A config is often shared: by a teacher and its student, by a model and its copy on another device."""
-    auto = "AutoModelForImageTextToText" if kind == "llava" else "AutoModelForCausalLM"
-    two: Any = tiny_model(kind, auto)
-    config = two.config
-    one = type(two)(config).eval()
-    fxquant.quantize(one, "int8", progress=False)
-    assert not hasattr(config, "quantization_config")
-    assert two.config is config
-    two.save_pretrained(tmp_path)
-    assert_same(two, type(two).from_pretrained(tmp_path))
-    own = {id(held) for held in (one.config, *vars(one.config).values())}
-    for module in one.modules():
-        assert not hasattr(module, "config") or id(module.config) in own
-    one.set_attn_implementation("eager")
-    assert one.config._attn_implementation == "eager"
-    assert config._attn_implementation != "eager"
 
 
 def test_without_fxquant_nothing_is_loaded(sources: Callable[[str], Path], tmp_path: Path) -> None:

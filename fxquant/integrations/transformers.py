@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -210,8 +209,6 @@ class FxQuantizer(HfQuantizer):
 def attach(model: Any) -> None:
     """Let `save_pretrained` of a model that was quantized in memory write what `from_pretrained` reads.
 
-    The model gets a config of its own, as other models that were made of the same one are not quantized.
-
     Args:
         model: of transformers, quantized; one that `from_pretrained` quantized stays as it is.
     """
@@ -221,18 +218,8 @@ def attach(model: Any) -> None:
     config = FxQuantConfig(None if record is None else record.plan.recipe, modules={})
     quantizer = FxQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
-    _own_config(model)
     model.config.quantization_config = quantizer.quantization_config
     quantizer._take(model)
-
-
-def _own_config(model: Any) -> None:
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        for name, held in vars(module).items():
-            if isinstance(held, PreTrainedConfig) and id(held) in copies:
-                setattr(module, name, copies[id(held)])
 
 
 def detach(model: Any) -> None:
