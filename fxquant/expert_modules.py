@@ -82,7 +82,6 @@ class QExperts(ExpertsContainer):
         Raises:
             ModelError: a forward-mode derivative is wanted.
         """
-        refuse_tangents([x])
         parts = self.layout.parts(name)
         if not parts:
             parts = (self.layout.projection(name),)
@@ -113,7 +112,6 @@ class QExperts(ExpertsContainer):
         Raises:
             ModelError: a forward-mode derivative is wanted.
         """
-        refuse_tangents([x, weights])
         # However many tokens there are: a graph must not depend on it.
         if self.pair is None or torch.is_grad_enabled() or x.device.type != "cpu":
             return None
@@ -121,6 +119,7 @@ class QExperts(ExpertsContainer):
             return None
         first, second = self.pair
         planes = [[getattr(self, stack.tensor(name)) for name in stack.planes] for stack in self.pair]
+        refuse_tangents([x, weights])
         result: Tensor = torch.ops.fxquant.gated_experts.default(
             x, ids, weights, *planes, first.scheme, second.scheme, second.k, self.layout.experts, ABI
         )
@@ -138,9 +137,9 @@ class QExperts(ExpertsContainer):
             places = places.index_copy(0, members, torch.arange(count, device=ids.device))
             absent = (ids < 0) | (ids >= self.layout.experts)
             ids = places[torch.where(absent, self.layout.experts, ids)]
-        result: Tensor = torch.ops.fxquant.experts(
-            x, ids, self._planes(stack), biases, stack.scheme, stack.n, count, ABI
-        )
+        planes = self._planes(stack)
+        refuse_tangents([x, *planes, *biases])
+        result: Tensor = torch.ops.fxquant.experts(x, ids, planes, biases, stack.scheme, stack.n, count, ABI)
         return result
 
     def _planes(self, stack: Stack) -> list[Tensor]:

@@ -117,8 +117,8 @@ class QLinear(nn.Linear):
         Raises:
             ModelError: when x has other features, or a forward-mode derivative is wanted.
         """
-        refuse_tangents([input])
         biases = [] if self.bias is None else [self.bias]
+        refuse_tangents([input, *biases])
         planes = [getattr(self, name) for name in self.plane_names]
         result: Tensor = torch.ops.fxquant.linear(input, planes, biases, self.spelling, [self.out_features], ABI)
         return result

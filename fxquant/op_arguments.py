@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,24 +20,21 @@ def check_biases(biases: Sequence[Tensor], rows: Sequence[int]) -> None:
     one_each = len(biases) == len(rows) and all(b.shape in ((n,), (0,)) for b, n in zip(biases, rows, strict=True))
     if biases and not one_each:
         raise ModelError(
-            "fxquant::linear got biases that are not those of its weights: none, or for each one of N numbers or of 0\n"
+            "biases are not those of their weights: there may be none, or for each one of N numbers or of 0\n"
             f"  shapes: {[tuple(bias.shape) for bias in biases]}\n  N: {list(rows)}"
         )
 
 
-def refuse_tangents(inputs: Sequence[object]) -> None:
+def refuse_tangents(inputs: Iterable[Tensor]) -> None:
     """Raise ModelError where forward-mode derivatives are wanted: ops have none, and torch would give zeros.
 
-    For modules, before they call an op: behind that tangents are gone. While torch compiles there are none.
+    For modules, of all that an op differentiates, before they call it: behind that tangents are gone.
     """
-    if torch.compiler.is_compiling():
-        return
-    for tensor in inputs:
-        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise ModelError(
-                "quantized modules have no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)\n"
-                "  gradients backwards are there, and all derivatives after fxquant.dequantize(model)"
-            )
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        raise ModelError(
+            "quantized modules have no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad)\n"
+            "  gradients backwards are there, and all derivatives after fxquant.dequantize(model)"
+        )
 
 
 def planes_by_weight(planes: Sequence[Tensor], rows: Sequence[int], spelling: str, k: int) -> list[dict[str, Tensor]]:

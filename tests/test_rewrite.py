@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from fxquant.api import capture
@@ -144,7 +146,8 @@ ILLEGAL_CALLS: list[tuple[str, tuple[Any, ...], str]] = [
     ("linear", (X, PLANES, [], "int9", [4], ABI), "int9"),
     ("linear", (X, PLANES, [], "int8", [4], ABI - 1), f"its ABI number is {ABI - 1}, this version's is {ABI}"),
     ("linear", (X, PLANES, [], "int8", [4]), "fxquant::linear takes 6 positional arguments, it has 5"),
-    ("linear", (X, PLANES, [X, X], "int8", [4], ABI), "biases that are not those of its weights"),
+    ("linear", (X, PLANES, [X, X], "int8", [4], ABI), "biases are not those of their weights"),
+    ("linear", (X[0, 0], PLANES, [], "int8", [4], ABI), "IndexError"),
     (
         "linear_on_codes",
         (X, CODES[:2], SCALES, PLANES, [], "int8+int8", [4], ABI),
@@ -198,20 +201,64 @@ def test_a_pass_that_makes_an_illegal_call_is_refused() -> None:
         rewrite(gm, passes=(WrongScheme(),))
 
 
-def test_sizes_that_are_not_known_are_compared_without_guards() -> None:
-    class Rows(nn.Module):
-        def forward(self, x: Tensor, planes: list[Tensor]) -> Tensor:
-            y: Tensor = torch.ops.fxquant.linear(x, planes, [], "int8", [4], ABI)
-            return y
+class Rows(nn.Module):
+    """A product of rows of x, all of them or those that are not 0, whose number depends on data."""
 
-    planes = list(quantize(torch.randn(4, 8), Scheme.parse("int8")).values())
-    rows = torch.export.Dim("rows")
-    gm = torch.export.export(Rows(), (torch.randn(3, 8), planes), dynamic_shapes=({0: rows}, [None, None])).graph_module
-    assert violations(gm) == []
+    def __init__(self, some: bool) -> None:
+        super().__init__()
+        self.some = some
+
+    def forward(self, x: Tensor, planes: list[Tensor]) -> Tensor:
+        rows = x[x.sum(-1).nonzero().squeeze(-1)] if self.some else x
+        y: Tensor = torch.ops.fxquant.linear(rows, planes, [], "int8", [4], ABI)
+        return y
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_calls_are_checked_where_sizes_are_symbols(some: bool) -> None:
+    args = torch.randn(3, 8), list(quantize(torch.randn(4, 8), Scheme.parse("int8")).values())
+    shapes = ({0: torch.export.Dim("rows")}, [None, None])
+    gm = torch.export.export(Rows(some), args, dynamic_shapes=shapes).graph_module
     (call,) = [n for n in gm.graph.nodes if op_name(n) == "fxquant.linear"]
     assert isinstance(call.meta["val"].shape[0], torch.SymInt)
+    assert violations(gm) == []
     call.args = (*call.args[:3], "int4", *call.args[4:])
     assert "planes that are not int4" in violations(gm)[0]
+
+
+def test_symbols_are_compared_without_guards() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x, codes, scales = (
+        mode.from_tensor(
+            torch.empty(5, t.shape[1], dtype=t.dtype),
+            symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC]),
+        )
+        for t in (X, CODES, SCALES)
+    )
+    assert len({str(t.shape[0]) for t in (x, codes, scales)}) > 1
+    gm = graph_of("linear_on_codes", (x, codes, scales, PLANES, [], "int8+int8", [4], ABI))
+    with mode:
+        assert violations(gm) == []
+    assert mode.shape_env is not None
+    assert mode.shape_env.guards == []
+
+
+def test_planes_of_one_node_are_looked_at() -> None:
+    graph = fx.Graph()
+    x, planes = graph.placeholder("x"), graph.placeholder("planes")
+    x.meta["val"], planes.meta["val"] = X, PLANES
+    graph.output(graph.call_function(torch.ops.fxquant.linear.default, (x, planes, [], "int8", [4], ABI)))
+    gm = fx.GraphModule(nn.Module(), graph)
+    assert violations(gm) == []
+    planes.meta["val"] = PLANES[:1]
+    assert "planes that are not int8" in violations(gm)[0]
+
+
+def test_arguments_by_name_are_counted_apart() -> None:
+    gm = graph_of("linear", LEGAL_CALLS["linear"])
+    (call,) = [n for n in gm.graph.nodes if n.op == "call_function"]
+    call.args, call.kwargs = call.args[:5], {"abi": ABI}
+    assert "takes 6 positional arguments, it has 5, and 1 by name" in violations(gm)[0]
 
 
 def test_history_holds_no_tensors() -> None:
