@@ -288,19 +288,21 @@ def test_products_of_bfloat16_are_those_that_the_cost_model_reckons_with(compile
 
 
 def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
-    """Whether weights of up to 4 bits are rounded with the scales of their blocks: by matrix units, or by pairs."""
+    """Whether weights are rounded with the scales of their blocks: by matrix units, or by pairs."""
     built, columns, bits = matmul.library(), scheme.block.columns or 0, scheme.spec.bits
     if built is None or dtype != torch.bfloat16 or rows <= 32 or columns == 0:
         return False
     if built.fxquant_has_matrix_units():
         return bits == 4 or (bits < 4 and columns % 32 == 0)
-    return bool(built.fxquant_multiplies_pairs()) and bits == 4 and (scheme.zero != "none" or columns % 128 != 0)
+    if not built.fxquant_multiplies_pairs() or (bits == 8 and scheme.spec.kind == "int"):
+        return False
+    return (rows > 64 or bits == 4) and (scheme.zero != "none" or columns % 128 != 0)
 
 
 INTEGERS = (
     *("int4-g128", "int4-g32", "int4-g64-asym", "uint4-g32-bias", "uint4-g64-fzero-fp16", "int4-g192"),
     *("int4-row", "int4-row-asym", "int8-row", "q4_k", "int6-g64", "int2-g64"),
-    *("int8-g128", "int8-g32-asym", "uint8-g64-bias", "int8-g96"),
+    *("int8-g128", "int8-g32-asym", "uint8-g64-bias", "int8-g96", "int6-g32", "int5-g16-asym", "uint3-g32-bias"),
 )
 
 
@@ -353,13 +355,14 @@ def test_products_of_bfloat16_round_values_no_more_than_they_say(spelling: str) 
     )
     exact = torch.equal(values, values.bfloat16().float())
     for dtype in DTYPES:
-        for rows in (1, 3, 9, 40):
+        for rows in (1, 3, 9, 40, 80):
             x = torch.randn(rows, k).to(dtype)
             rounded = product(x, planes, scheme, n, None)[-1]
             rest = product(x, planes, scheme, n, -rounded.float())[-1].double()
             last = x[-1].double().abs()
             held = 0 if exact or dtype == torch.float32 else 2.0**-8 if dtype == torch.bfloat16 else 2.0**-16
-            held = 2.0**-8 if is_rounded(scheme, dtype, rows) else held
+            if is_rounded(scheme, dtype, rows):  # values of other tables twice, but for those of 4 bits
+                held = 2.0**-8 + (held if scheme.spec.bits != 4 else 0)
             sums = 2.0**-24 * (k / 4 + 8) * ((weight.abs() + 2 * weight.abs().amax(1, True)) @ last)
             info = torch.finfo(dtype)
             slack = info.eps / 2 * rest.abs() + held * (weight.abs() @ last) + sums + info.smallest_normal

@@ -1,6 +1,6 @@
 // Products of bfloat16 with bfloat16, two columns at a time (AVX512-BF16), where there are no matrix units: x is that, and
 // so are integers and small floats as they are; values of other tables are rounded to it. Sums are in float32. With many
-// rows weights of 4 bits meet scales of short blocks, and offsets that change often, before, and are rounded.
+// rows weights meet scales of short blocks, and offsets that change often, before, and are rounded.
 
 #ifdef FXQUANT_BFLOAT16
 
@@ -14,7 +14,7 @@ struct FloatWords : Panels {
     static constexpr int64_t NUMBERS = 1;                    // of a step of a row of x, where there are offsets: its sum
     static constexpr bool ADDS_OFFSETS = true;               // to sums of a step, times the sum of x
 
-    static constexpr int64_t FEW_ROWS = 32;                  // of x, with which weights are not rounded
+    static constexpr int64_t FEW_ROWS = 32, FEW_ROWS_OF_BYTES = 64; // of x, with which weights are not rounded
 
     const int64_t panels;
     const bool rounded;      // weights are, with their scales
@@ -32,8 +32,9 @@ struct FloatWords : Panels {
 
     // With many rows of x it takes longer to bring sums and scales together than to round weights, where they meet often.
     static bool rounds(const Product& job) {
-        const bool in_blocks = job.bits == 4 && job.block < job.columns;
-        return in_blocks && step_of(job) < (job.zero ? PANEL : PANEL / 2) && job.slots > FEW_ROWS * job.experts;
+        if (job.block >= job.columns || (job.bits == 8 && !job.kind)) return false; // such integers would lose too much
+        const bool often = step_of(job) < (job.zero ? PANEL : PANEL / 2);
+        return often && job.slots > (job.bits == 4 ? FEW_ROWS : FEW_ROWS_OF_BYTES) * job.experts;
     }
 
     // Rows of x, in the order in which codes come out of words of a row: of 4 bits, of every 8 columns the first and the
@@ -115,9 +116,12 @@ struct FloatWords : Panels {
 
     // From words of lines that are turned, or else from what is read.
     void decode(int64_t panel, const Z* words, const Scratch& scratch, Z* to_panel) const {
-        if (rounded) return with_constant<3>(job.zero + 1, [&](auto n) { round<n - 1>(panel, words, scratch, to_panel); });
         with_values(job, [&](auto values) {
             if constexpr (values != Values::NIBBLES) decode<values>(panel, scratch, to_panel);
+        });
+        if (rounded) with_constant<3>(job.zero + 1, [&](auto n) {
+            if (job.bits == 4) round<n - 1>(panel, words, scratch, to_panel);
+            else round<n - 1>(panel, scratch, to_panel);
         });
     }
 
@@ -137,31 +141,55 @@ struct FloatWords : Panels {
             }
     }
 
-    // 8 weights of each row from a word.
+    // 8 weights of each row from a word of 4 bits.
     template <int ZERO>
     __attribute__((noinline)) void round(int64_t panel, const Z* words, const Scratch& scratch, Z* to_panel) const {
         const F of_codes = load(job.values);
-        // Halves away from zero, since that takes fewer steps than to even.
-        const auto rounded = [](F weight) { return _mm512_add_epi32((Z)weight, _mm512_set1_epi32(0x8000)); };
-        const Z numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const Z higher = _mm512_add_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(0x20002)), _mm512_set1_epi32(0x210001));
-        for (int i = 0; i < 16; i++) {
-            const int64_t block = std::min((panel * PANEL + 8 * i) / job.block, blocks - 1) * AT_ONCE;
+        for (int i = 0; i < 16; i++)
             for (int v = 0; v < VECTORS; v++) {
                 const U word = (U)words[i * VECTORS + v];
-                const F scale = load(scratch.scales_by_block.data + block + v * LANES);
-                const F offset = ZERO ? load(scratch.offsets_by_block.data + block + v * LANES) : F{};
-                const auto weight = [&](int j) __attribute__((always_inline)) {
-                    const F value = look_up_low(of_codes, word >> (uint32_t)(4 * j));
-                    if (ZERO == 0) return value * scale;
-                    return ZERO == 1 ? (value - offset) * scale : multiply_add(value, scale, offset);
+                const auto weight = weights<ZERO>(panel * PANEL + 8 * i, v, scratch);
+                const auto value = [&](int j) __attribute__((always_inline)) {
+                    return look_up_low(of_codes, word >> (uint32_t)(4 * j));
                 };
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++)
-                    to_panel[(4 * i + j) * VECTORS + v] =
-                        _mm512_permutex2var_epi16(rounded(weight(j)), higher, rounded(weight(j + 4)));
+                    to_panel[(4 * i + j) * VECTORS + v] = rounded_halves(weight(value(j)), weight(value(j + 4)));
             }
-        }
+    }
+
+    // 4 weights of each row from two words, which are their values.
+    template <int ZERO> __attribute__((noinline)) void round(int64_t panel, const Scratch& scratch, Z* words) const {
+        for (int i = 0; i < WORDS / 2; i++)
+            for (int v = 0; v < VECTORS; v++) {
+                const auto weight = weights<ZERO>(panel * PANEL + 4 * i, v, scratch);
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) {
+                    Z& word = words[(2 * i + j) * VECTORS + v];
+                    const Z higher = _mm512_and_si512(word, _mm512_set1_epi32(0xffff0000));
+                    word = rounded_halves(weight((F)_mm512_slli_epi32(word, 16)), weight((F)higher));
+                }
+            }
+    }
+
+    // What values stand for in 16 rows, from a column on, with zeros of this kind.
+    template <int ZERO>
+    __attribute__((always_inline)) auto weights(int64_t column, int v, const Scratch& scratch) const {
+        const int64_t block = std::min(column / job.block, blocks - 1) * AT_ONCE + v * LANES;
+        const F scale = load(scratch.scales_by_block.data + block);
+        const F offset = ZERO ? load(scratch.offsets_by_block.data + block) : F{};
+        return [=](F value) __attribute__((always_inline)) {
+            if (ZERO == 0) return value * scale;
+            return ZERO == 1 ? (value - offset) * scale : multiply_add(value, scale, offset);
+        };
+    }
+
+    // Pairs in bfloat16. Halves go away from zero, since that takes fewer steps than to even.
+    static __attribute__((always_inline)) Z rounded_halves(F first, F second) {
+        const Z numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const Z higher = _mm512_add_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(0x20002)), _mm512_set1_epi32(0x210001));
+        const auto up = [](F weight) { return _mm512_add_epi32((Z)weight, _mm512_set1_epi32(0x8000)); };
+        return _mm512_permutex2var_epi16(up(first), higher, up(second));
     }
 };
 
