@@ -296,7 +296,7 @@ def is_rounded(scheme: Scheme, dtype: torch.dtype, rows: int) -> bool:
         return bits == 4 or (bits < 4 and columns % 32 == 0)
     if not built.fxquant_multiplies_pairs() or (bits == 8 and scheme.spec.kind == "int"):
         return False
-    return (rows > 64 or bits == 4) and (scheme.zero != "none" or columns % 128 != 0)
+    return columns % ((64 if scheme.zero == "none" else 128) // (1 if bits == 4 else 2)) != 0
 
 
 INTEGERS = (

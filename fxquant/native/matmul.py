@@ -63,16 +63,15 @@ def linear(x: Tensor, planes: Mapping[str, Tensor], scheme: Scheme, n: int, bias
     above, with integers of 8 bits of which 32 columns or more have one scale, and up to 4 rows in float32 where
     blocks of 64 columns, or 128 of 4 bits, do not end with those of the weight. Values of other tables count with 8
     bits there, too. With more than 32 rows, weights of 4 bits are rounded to bfloat16 with their scales where
-    blocks are no multiples of 64 columns, or with zeros or biases of 128; so are others but integers of 8 bits with
-    more than 64 rows.
+    blocks are no multiples of 64 columns, or with zeros or biases of 128; so are others, but integers of 8 bits, where
+    they are no multiples of half as many.
 
     Nothing depends on the number of threads. Each row of the result depends on its own alone where x is quantized;
     where it is not, all calls with few rows agree on every bit of a row, and so do all with more: few are up to 2 for
     those integers of 4 bits, 4 for those of 8 bits, and 15 or more otherwise. So do all calls by matrix units, up to 32
     rows and from 33 on, and all by pairs with few rows, up to 4 with values of 4 bits, 6 with those of fewer and 8
-    with others, and all with more, up to 32 rows and from 33 on, or up to 64 and from 65 on where weights have no 4
-    bits. Without either, and with many rows of a dtype that the processor has no instructions for, W is decoded as a
-    whole, and the product is torch's, in float32.
+    with others, and all with more, up to 32 rows and from 33 on. Without either, and with many rows of a dtype that the
+    processor has no instructions for, W is decoded as a whole, and the product is torch's, in float32.
 
     Args:
         x: `[..., K]`, float32, bfloat16 or float16.

@@ -14,7 +14,7 @@ struct FloatWords : Panels {
     static constexpr int64_t NUMBERS = 1;                    // of a step of a row of x, where there are offsets: its sum
     static constexpr bool ADDS_OFFSETS = true;               // to sums of a step, times the sum of x
 
-    static constexpr int64_t FEW_ROWS = 32, FEW_ROWS_OF_BYTES = 64; // of x, with which weights are not rounded
+    static constexpr int64_t FEW_ROWS = 32;                  // of x, with which weights are not rounded
 
     const int64_t panels;
     const bool rounded;      // weights are, with their scales
@@ -33,8 +33,8 @@ struct FloatWords : Panels {
     // With many rows of x it takes longer to bring sums and scales together than to round weights, where they meet often.
     static bool rounds(const Product& job) {
         if (job.block >= job.columns || (job.bits == 8 && !job.kind)) return false; // such integers would lose too much
-        const bool often = step_of(job) < (job.zero ? PANEL : PANEL / 2);
-        return often && job.slots > (job.bits == 4 ? FEW_ROWS : FEW_ROWS_OF_BYTES) * job.experts;
+        const int64_t long_enough = (job.zero ? PANEL : PANEL / 2) / (job.bits == 4 ? 1 : 2);
+        return step_of(job) < long_enough && job.slots > FEW_ROWS * job.experts;
     }
 
     // Rows of x, in the order in which codes come out of words of a row: of 4 bits, of every 8 columns the first and the
